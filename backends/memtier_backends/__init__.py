@@ -1,0 +1,1 @@
+"""What memtier stores with: journal, segments, index."""

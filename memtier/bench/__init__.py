@@ -1,0 +1,1 @@
+"""What `memtier demo` and `memtier bench` run."""

@@ -1,0 +1,25 @@
+"""The hot operations of memtier, each behind one door: ``op(..., impl="auto" | "reference" | "triton")``.
+
+``reference`` is plain torch and runs anywhere; a forced ``impl`` never falls back to another one. The name of a door is
+also the name of its folder, which holds the reference and the maths (README.md).
+"""
+
+from memtier_kernels.causal_conv1d import causal_conv1d
+from memtier_kernels.innovation import innovation, keep_surprising
+from memtier_kernels.landmarks import landmarks, select_blocks
+from memtier_kernels.span_attention import Band, Paged, SpanAttentionOutput, merge, span_attention
+from memtier_kernels.ssd import ssd
+
+__all__ = [
+    "Band",
+    "Paged",
+    "SpanAttentionOutput",
+    "causal_conv1d",
+    "innovation",
+    "keep_surprising",
+    "landmarks",
+    "merge",
+    "select_blocks",
+    "span_attention",
+    "ssd",
+]

@@ -1,0 +1,39 @@
+"""Landmarks of blocks, and the choice of a span by them."""
+
+from __future__ import annotations
+
+import torch
+
+from memtier_kernels.dispatch import Impl, choose
+from memtier_kernels.landmarks import reference
+
+__all__ = ["landmarks", "select_blocks"]
+
+
+def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
+    """One vector a block: the mean of its keys, KV heads concatenated.
+
+    Args:
+        keys: (B, n, S, G, D), before rotary embedding.
+
+    Returns:
+        (B, n, G * D) float32 (float64 stays float64).
+    """
+    return choose("landmarks", impl, reference=reference.landmarks)(keys)
+
+
+def select_blocks(
+    queries: torch.Tensor, landmarks: torch.Tensor, visible: torch.Tensor, k: int, *, impl: Impl = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k blocks of highest inner product a query, among those it may see; ties go to the newer block.
+
+    Args:
+        queries: (B, R, C).
+        landmarks: (B, n, C).
+        visible: (R,) int64: query i may choose among blocks [0, visible_i).
+        k: blocks a query, at least 1.
+
+    Returns:
+        ids (B, R, k) int64, ascending, -1 at the end where fewer are visible; scores (B, R, k), -inf there.
+    """
+    return choose("select_blocks", impl, reference=reference.select_blocks)(queries, landmarks, visible, k)

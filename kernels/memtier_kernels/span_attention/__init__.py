@@ -1,0 +1,54 @@
+"""Attention over several memories in one softmax: sinks, span, eidetic, fading and window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from memtier_kernels.dispatch import Impl, choose
+from memtier_kernels.span_attention import reference
+from memtier_kernels.span_attention.sources import Band, Paged, merge
+
+__all__ = ["Band", "Paged", "SpanAttentionOutput", "merge", "span_attention"]
+
+
+@dataclass(frozen=True)
+class SpanAttentionOutput:
+    """`out` (B, T, H, D); `lse` (B, T, H), log-sum-exp of the whole row, -inf where a row sees nothing; `parts`: the same for
+    each source alone, so that ``exp(parts[s] - lse)`` is the attention mass of source s."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    parts: dict[str, torch.Tensor]
+
+
+def span_attention(
+    q: torch.Tensor,
+    *,
+    window: Band | None = None,
+    fading: Band | None = None,
+    sinks: Paged | Band | None = None,
+    eidetic: Paged | Band | None = None,
+    span: Paged | Band | None = None,
+    q_far: torch.Tensor | None = None,
+    group: torch.Tensor | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> SpanAttentionOutput:
+    """One softmax over the union of the sources; equals attention over their concatenation.
+
+    Args:
+        q: (B, T, H, D) queries for `window` and `fading`, rotated as their keys are.
+        window, fading: keys in a row, each query seeing one interval of them.
+        sinks, eidetic, span: keys by table, one table row a group of queries (or a `Band`).
+        q_far: (B, T, H, D) queries for sinks, eidetic and span; None for q.
+        group: (T,) int64, ascending: the table row of each query; None if there is one row.
+        scale: of the scores; None for D ** -0.5.
+
+    A row that sees no key at all has out = 0 and lse = -inf. An absent source (None) equals an empty one.
+    """
+    sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
+    run = choose("span_attention", impl, reference=reference.span_attention)
+    out, lse, parts = run(q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale)
+    return SpanAttentionOutput(out, lse, parts)

@@ -1,0 +1,135 @@
+"""Plain torch: each source alone, then `merge`. Scores and sums are float32 (float64 for float64 inputs)."""
+
+from __future__ import annotations
+
+import torch
+
+from memtier_kernels.dispatch import compute_dtype
+from memtier_kernels.span_attention.sources import Band, Paged, merge
+
+__all__ = ["band_attention", "paged_attention", "span_attention"]
+
+# queries that share one slice of a band: larger wastes masked scores, smaller wastes calls
+BAND_QUERIES = 128
+
+
+def span_attention(
+    q: torch.Tensor,
+    q_far: torch.Tensor,
+    sources: dict[str, Band | Paged | None],
+    group: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """See `memtier_kernels.span_attention`."""
+    results = {}
+    for name, source in sources.items():
+        if source is None:
+            continue
+        queries = q if name in ("window", "fading") else q_far
+        if isinstance(source, Band):
+            results[name] = band_attention(queries, source, scale)
+        else:
+            results[name] = paged_attention(queries, source, group, scale)
+    if not results:
+        nothing = torch.full(q.shape[:3], float("-inf"), dtype=compute_dtype(q.dtype), device=q.device)
+        return torch.zeros_like(q), nothing, {}
+    out, lse = merge(list(results.values()))
+    return out.to(q.dtype), lse, {name: part for name, (_, part) in results.items()}
+
+
+def _softmax_values(
+    scores: torch.Tensor, hidden: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial attention from scores: out (..., Q, D) and lse (..., Q). hidden broadcasts over scores (..., Q, n)."""
+    scores = scores.to(compute_dtype(scores.dtype)).masked_fill(hidden, float("-inf"))
+    if scores.shape[-1] == 0:
+        return v.new_zeros(*scores.shape[:-1], v.shape[-1]), scores.new_full(scores.shape[:-1], float("-inf"))
+    top = scores.detach().amax(-1, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(-1)
+    empty = total == 0
+    safe = torch.where(empty, 1.0, total)
+    out = (weights / safe[..., None]).to(v.dtype) @ v
+    return out, (top.squeeze(-1) + safe.log()).masked_fill(empty, float("-inf"))
+
+
+def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial attention over a band.
+
+    Returns:
+        out (B, T, H, D) and lse (B, T, H).
+    """
+    batch, tokens, heads, size = q.shape
+    kv_heads = band.k.shape[2]
+    repeat = heads // kv_heads
+    q_BGJTD = (q * scale).reshape(batch, tokens, kv_heads, repeat, size).permute(0, 2, 3, 1, 4)
+    k_BGDn, v_BGnD = band.k.permute(0, 2, 3, 1), band.v.transpose(1, 2)
+    starts, ends = band.start.tolist(), band.end.tolist()
+    outs, logs = [], []
+    for first in range(0, tokens, BAND_QUERIES):
+        last = min(first + BAND_QUERIES, tokens)
+        # start and end never decrease, so the chunk's first start and last end bound it
+        low, high = min(starts[first], ends[last - 1]), ends[last - 1]
+        queries = q_BGJTD[:, :, :, first:last].reshape(batch, kv_heads, repeat * (last - first), size)
+        scores = queries @ k_BGDn[..., low:high]
+        index = torch.arange(low, high, device=q.device)
+        hidden = (index < band.start[first:last, None]) | (index >= band.end[first:last, None])
+        out, lse = _softmax_values(scores, hidden.repeat(repeat, 1), v_BGnD[:, :, low:high])
+        outs.append(out.reshape(batch, kv_heads, repeat, last - first, size))
+        logs.append(lse.reshape(batch, kv_heads, repeat, last - first))
+    out = torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
+    return out, torch.cat(logs, dim=3).permute(0, 3, 1, 2).reshape(batch, tokens, heads)
+
+
+def paged_attention(
+    q: torch.Tensor, source: Paged, group: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partial attention over a pool by table: the queries of a group share one gather.
+
+    Returns:
+        out (B, T, H, D) and lse (B, T, H).
+    """
+    batch, tokens, heads, size = q.shape
+    pool_blocks, block, kv_heads = source.k.shape[1:4]
+    rows, blocks = source.table.shape[1:]
+    repeat = heads // kv_heads
+    # queries by group, padded to the longest: place[t] is the slot of query t, take[slot] the query of a slot
+    if rows == 1 or group is None:
+        per_row = tokens
+        take = torch.arange(tokens, device=q.device)[None].expand(rows, tokens)
+        place = take[0]
+    else:
+        sizes = torch.bincount(group, minlength=rows)
+        per_row = int(sizes.max())
+        offset = torch.arange(tokens, device=q.device) - (sizes.cumsum(0) - sizes)[group]
+        place = group * per_row + offset
+        take = torch.zeros(rows * per_row, dtype=torch.int64, device=q.device)
+        take[place] = torch.arange(tokens, device=q.device)
+        take = take.reshape(rows, per_row)
+    q_BRGJQD = (q * scale)[:, take.reshape(-1)]
+    q_BRGJQD = q_BRGJQD.reshape(batch, rows, per_row, kv_heads, repeat, size).permute(0, 1, 3, 4, 2, 5)
+
+    # a missing block reads block 0 and is masked
+    base = torch.arange(batch, device=q.device)[:, None, None] * pool_blocks
+    flat = (source.table.clamp(min=0) + base).reshape(-1)
+    keys = source.k.reshape(batch * pool_blocks, -1).index_select(0, flat)
+    values = source.v.reshape(batch * pool_blocks, -1).index_select(0, flat)
+    keys = keys.reshape(batch, rows, blocks * block, kv_heads, size)
+    values = values.reshape(batch, rows, blocks * block, kv_heads, size)
+    if source.cos is not None and source.sin is not None:
+        left, right = keys.chunk(2, dim=-1)
+        turned = torch.cat([-right, left], dim=-1)
+        keys = keys * source.cos[:, None].to(keys.dtype) + turned * source.sin[:, None].to(keys.dtype)
+    hidden = (source.table < 0)[..., None].expand(batch, rows, blocks, block)
+    if source.mask is not None:
+        hidden = hidden | ~source.mask
+    hidden = hidden.reshape(batch, rows, 1, 1, blocks * block)
+
+    queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
+    scores = queries @ keys.permute(0, 1, 3, 4, 2)
+    out, lse = _softmax_values(scores, hidden, values.transpose(2, 3))
+    out = out.reshape(batch, rows, kv_heads, repeat, per_row, size).permute(0, 1, 4, 2, 3, 5)
+    lse = lse.reshape(batch, rows, kv_heads, repeat, per_row).permute(0, 1, 4, 2, 3)
+    out = out.reshape(batch, rows * per_row, heads, size)[:, place]
+    return out, lse.reshape(batch, rows * per_row, heads)[:, place]

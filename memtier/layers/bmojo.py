@@ -1,0 +1,214 @@
+"""The B'MOJO mixer: window, fading, eidetic and span memory read in one softmax (Zancato et al. 2024; Nunez et al. 2024).
+
+One module serves every choice: without fading memory it is window attention, without far memories B'MOJO-F. The sizes come
+with the plan of a step, so one set of weights can be read under several memory settings. Letters: `memtier.blocks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from memtier.layers.distill import distillation_loss
+from memtier.layers.mamba2 import Mamba2, Mamba2State
+from memtier.layers.memories import LayerMemory, eidetic_step, hide_retrieved, span_step
+from memtier.layers.norms import RMSNorm
+from memtier.layers.plan import StepPlan
+from memtier.layers.positions import Sources, rotate_sources
+from memtier.layers.state import AttentionState, empty_attention_state, roll
+from memtier_kernels import Band, Paged, causal_conv1d, innovation, span_attention
+
+__all__ = ["SOURCES", "BMojoMixer", "MixerLosses", "MixerState"]
+
+SOURCES = ("sinks", "span", "eidetic", "fading", "window")
+
+
+@dataclass(frozen=True)
+class MixerState:
+    """What a mixer carries: its attention state, and its fading memory's."""
+
+    attention: AttentionState
+    fading: Mamba2State | None
+
+
+@dataclass(frozen=True)
+class MixerLosses:
+    """Auxiliary training losses of one mixer, scalars or None."""
+
+    innovation: torch.Tensor | None = None
+    span: torch.Tensor | None = None
+
+
+class BMojoMixer(nn.Module):
+    """(B, T, E) -> (B, T, E). `config` is a BMojoConfig; `fading` turns the recurrent part on."""
+
+    def __init__(self, config, layer: int, *, fading: bool) -> None:  # noqa: ANN001
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+        )  # fmt: skip
+        self.hidden_size, self.conv_size, self.theta = config.hidden_size, config.kv_conv_size, config.rope_theta
+        channels = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, channels, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        if self.conv_size:
+            self.k_conv = nn.Parameter(torch.zeros(channels, self.conv_size))
+            self.v_conv = nn.Parameter(torch.zeros(channels, self.conv_size))
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.fading = config.make_fading_memory() if fading else None
+        # P of the innovation test: the next input predicted from the fading memory
+        self.predictor = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if fading else None
+
+    def empty_state(self, settings, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:  # noqa: ANN001
+        """The state before the first token, under the given MemorySettings."""
+        attention = empty_attention_state(
+            batch, settings=settings, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            hidden_size=self.hidden_size, conv_size=self.conv_size, fading=self.fading is not None,
+            memory=self.layer in settings.memory_layers, device=device, dtype=dtype,
+        )  # fmt: skip
+        return MixerState(attention, None if self.fading is None else self.fading.empty_state(batch, device, dtype))
+
+    def forward(
+        self, h: torch.Tensor, plan: StepPlan, state: MixerState | None, memory: LayerMemory | None, *, dense: bool = False
+    ) -> tuple[torch.Tensor, MixerState | None, MixerLosses]:
+        """Read a step.
+
+        Args:
+            h: (B, T, E), normed.
+            state: None for a whole sequence from position 0 (training); then no state comes back.
+            memory: where sealed blocks go and spans come from; None: the sequence itself.
+            dense: every sealed token is visible, and a loss teaches landmarks which blocks attention uses (training).
+        """
+        batch, tokens, _ = h.shape
+        settings, carried = plan.settings, None if state is None else state.attention
+        prefix = 0 if carried is None else settings.ring_tokens
+        q, k, v, tails = self._project(h, carried)
+        keys = k if carried is None else torch.cat([carried.keys, k], dim=1)
+        values = v if carried is None else torch.cat([carried.values, v], dim=1)
+        changes: dict[str, torch.Tensor] = {} if carried is None else {**tails, "keys": roll(carried.keys, k)}
+        if carried is not None:
+            changes["values"] = roll(carried.values, v)
+
+        fading, f_state, surprise, losses = None, None, None, MixerLosses()
+        if self.fading is not None and self.predictor is not None:
+            f, f_state = self.fading(h, None if state is None else state.fading)
+            fading, fading_changes = self._fading_band(f, plan, carried)
+            last = f.new_zeros(batch, 1, f.shape[2]) if carried is None else carried.last_fading[:, None].to(f.dtype)
+            error = innovation(h.detach(), self.predictor(torch.cat([last, f[:, :-1]], dim=1)))
+            losses = MixerLosses(innovation=error.mean())
+            surprise = error.detach() if carried is None else torch.cat([carried.innovation, error.detach()], dim=1)
+            if carried is not None:
+                changes.update(fading_changes, innovation=roll(carried.innovation, error.detach()))
+
+        positions = None
+        queries = q.unflatten(2, (self.kv_heads, -1)).sum(3).flatten(2)
+        queries = queries if q.dtype == torch.float64 else queries.float()
+        span, span_ids = None, None
+        if self.layer in settings.memory_layers and not dense:
+            step = span_step(self.layer, plan, carried, memory, keys, values, queries, surprise, prefix)
+            if step is not None:
+                span_ids = step.ids
+                span = step.paged(settings) if bool((step.ids >= 0).any()) else None
+                if carried is not None:
+                    changes.update(step.carried(), query_tail=roll(carried.query_tail, queries))
+        eidetic = None
+        if settings.eidetic_tokens and surprise is not None and not (dense and self.layer in settings.memory_layers):
+            chosen = eidetic_step(plan, carried, keys, values, surprise, prefix)
+            if chosen is not None:
+                if carried is not None:
+                    changes.update(chosen.carried())
+                table = chosen.table
+                if span is not None and span_ids is not None:
+                    table = hide_retrieved(chosen, span_ids, settings.span_block_tokens)
+                eidetic, positions = Paged(chosen.keys.unsqueeze(2), chosen.values.unsqueeze(2), table), chosen.positions
+        sinks, sink_changes = self._sinks(k, v, plan, carried)
+        changes.update(sink_changes)
+        far: Paged | Band | None = span
+        if dense and self.layer in settings.memory_layers and bool((plan.lo > 0).any()):
+            start = torch.full_like(plan.lo_token, settings.sink_tokens)
+            far = Band(keys, values, start, plan.lo_token.clamp(min=settings.sink_tokens))
+
+        window = Band(
+            keys, values, plan.lo_token - plan.start + prefix,
+            torch.arange(tokens, device=h.device) + (prefix + 1),
+        )  # fmt: skip
+        sources = Sources(window, fading, sinks, eidetic, far, positions, span_ids)
+        read = rotate_sources(q, sources, plan, self.theta, self._far_sizes(settings), carried is not None)
+        result = span_attention(**read, group=plan.group)
+        out = self.o_proj(result.out.to(h.dtype).flatten(2))
+        if dense and isinstance(far, Band):
+            losses = replace(losses, span=distillation_loss(read["q_far"], read["span"], result.lse, queries, k, plan))
+        if carried is None:
+            return out, None, losses
+        share = [(result.parts[s] - result.lse).exp().mean() if s in result.parts else result.lse.new_zeros(()) for s in SOURCES]
+        changes.update(
+            last_query=read["q_far"][:, -1].clone(), last_lse=result.lse[:, -1].clone(), mass=torch.stack(share)
+        )
+        return out, MixerState(replace(carried, **changes), f_state), losses
+
+    def _far_sizes(self, settings) -> tuple[int, int, int]:  # noqa: ANN001
+        """Tokens that sinks, eidetic and span can take in this layer."""
+        eidetic = 0 if self.fading is None else settings.eidetic_tokens
+        memory = self.layer in settings.memory_layers
+        return settings.sink_tokens, eidetic, settings.span_blocks * settings.span_block_tokens if memory else 0
+
+    def _project(
+        self, h: torch.Tensor, carried: AttentionState | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """q (B, T, H, D), k and v (B, T, G, D), and the new tails of the k/v convolutions."""
+        q = self.q_proj(h).unflatten(2, (self.heads, self.head_dim))
+        k, v, tails = self.k_proj(h), self.v_proj(h), {}
+        if self.conv_size:
+            k, key_tail = causal_conv1d(k, self.k_conv, tail=None if carried is None else carried.key_tail)
+            v, value_tail = causal_conv1d(v, self.v_conv, tail=None if carried is None else carried.value_tail)
+            tails = {"key_tail": key_tail, "value_tail": value_tail}
+        k, v = k.unflatten(2, (self.kv_heads, self.head_dim)), v.unflatten(2, (self.kv_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k.to(h.dtype), v.to(h.dtype), tails
+
+    def _fading_band(
+        self, f: torch.Tensor, plan: StepPlan, carried: AttentionState | None
+    ) -> tuple[Band, dict[str, torch.Tensor]]:
+        """Keys of the fading memory, seen for the W positions before the window; each stands for all that came before it."""
+        k = self.k_proj(f).unflatten(2, (self.kv_heads, self.head_dim))
+        v = self.v_proj(f).unflatten(2, (self.kv_heads, self.head_dim)).to(f.dtype)
+        k = (k if self.k_norm is None else self.k_norm(k)).to(f.dtype)
+        changes: dict[str, torch.Tensor] = {}
+        prefix, keys, values = 0, k, v
+        if carried is not None:
+            prefix = carried.fading_keys.shape[1]
+            keys, values = torch.cat([carried.fading_keys, k], dim=1), torch.cat([carried.fading_values, v], dim=1)
+            changes = {
+                "fading_keys": roll(carried.fading_keys, k), "fading_values": roll(carried.fading_values, v),
+                "last_fading": f[:, -1].clone(),
+            }  # fmt: skip
+        start = (plan.lo_token - plan.settings.window_tokens).clamp(min=0)
+        return Band(keys, values, start - plan.start + prefix, plan.lo_token - plan.start + prefix), changes
+
+    def _sinks(
+        self, k: torch.Tensor, v: torch.Tensor, plan: StepPlan, carried: AttentionState | None
+    ) -> tuple[Paged | None, dict[str, torch.Tensor]]:
+        """The first tokens of the session, seen by every group whose window no longer holds them."""
+        count = plan.settings.sink_tokens
+        if not count:
+            return None, {}
+        if carried is None:
+            keys, values, changes = k[:, :count], v[:, :count], {}
+        else:
+            keys, values = carried.sink_keys, carried.sink_values
+            fresh = min(count - plan.start, k.shape[1])
+            if fresh > 0:
+                keys, values = keys.clone(), values.clone()
+                keys[:, plan.start : plan.start + fresh] = k[:, :fresh]
+                values[:, plan.start : plan.start + fresh] = v[:, :fresh]
+            changes = {"sink_keys": keys, "sink_values": values}
+        place = torch.arange(keys.shape[1], device=k.device)
+        table = torch.where(place < plan.lo.to(k.device)[:, None], place, -1)
+        return Paged(keys.unsqueeze(2), values.unsqueeze(2), table.expand(k.shape[0], -1, -1)), changes

@@ -1,0 +1,63 @@
+"""Teaching landmarks: attention over all sealed blocks shows which of them a query needs.
+
+A hard top-K passes no gradient to the choice. While far attention is dense, the share of attention that each block received is
+the target of the scores by which blocks will be chosen: ``KL(stopgrad(mass per block) || softmax(score))``, a boundary at a
+time, weighted by how much the group looked far at all.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from memtier.blocks import MemorySettings
+from memtier.layers.memories import boundary_queries
+from memtier.layers.plan import StepPlan
+from memtier_kernels import Band, landmarks
+
+__all__ = ["distillation_loss"]
+
+
+def distillation_loss(
+    q_far: torch.Tensor, far: Band, lse: torch.Tensor, queries: torch.Tensor, raw_keys: torch.Tensor, plan: StepPlan
+) -> torch.Tensor:
+    """The loss of one layer, a scalar.
+
+    Args:
+        q_far: (B, T, H, D), as they met the far keys; far: the dense far source; lse: (B, T, H) of the whole read-out.
+        queries: (B, T, C), summed per KV head, before rotary.
+        raw_keys: (B, T, G, D), before rotary.
+    """
+    settings: MemorySettings = plan.settings
+    block, count = settings.span_block_tokens, plan.sealed_to
+    used = slice(0, count * block)
+    with torch.no_grad():
+        mass = _block_mass(q_far, far.k[:, used], far, lse, block)
+        rows = len(plan.boundaries)
+        by_group = mass.new_zeros(mass.shape[0], rows, count).index_add_(1, plan.group, mass)
+        total = by_group.sum(-1)
+        target = by_group / total.clamp(min=1e-9)[..., None]
+        weight = total / torch.bincount(plan.group, minlength=rows).to(total.dtype)
+    marks = landmarks(raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype))
+    scores = boundary_queries(plan, queries, None).to(marks.dtype) @ marks.transpose(1, 2)
+    hidden = torch.arange(count, device=scores.device) >= plan.visible.to(scores.device)[:, None]
+    log_p = scores.float().masked_fill(hidden, -1e9).log_softmax(-1)
+    kl = F.kl_div(log_p, target.to(log_p.dtype), reduction="none").sum(-1)
+    return (weight * kl).sum() / weight.sum().clamp(min=1e-9)
+
+
+def _block_mass(
+    q: torch.Tensor, keys: torch.Tensor, far: Band, lse: torch.Tensor, block: int
+) -> torch.Tensor:
+    """(B, T, n): the share of each token's softmax that went to each block, mean over heads."""
+    batch, tokens, heads, size = q.shape
+    kv_heads, n = keys.shape[2], keys.shape[1] // block
+    index = torch.arange(keys.shape[1], device=q.device)
+    hidden = (index < far.start[:, None]) | (index >= far.end[:, None])
+    out = lse.new_zeros(batch, tokens, n)
+    repeat = heads // kv_heads
+    for head in range(heads):
+        scores = (q[:, :, head] * size**-0.5) @ keys[:, :, head // repeat].transpose(1, 2)
+        share = (scores.to(lse.dtype) - lse[:, :, head, None]).exp().masked_fill(hidden, 0.0)
+        out += share.unflatten(-1, (n, block)).sum(-1)
+    return out / heads

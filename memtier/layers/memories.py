@@ -1,0 +1,222 @@
+"""The far memories of an attention layer: eidetic slots, and the expansion span retrieved from sealed blocks.
+
+Both are chosen at boundaries, from what has left the window before the boundary, so what a token sees is a function of tokens
+up to itself. Shape letters: `memtier.blocks`; R is the number of groups in the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from memtier.layers.plan import StepPlan
+from memtier.layers.state import AttentionState
+from memtier_kernels import Paged, keep_surprising, landmarks, select_blocks
+
+__all__ = ["EideticStep", "LayerMemory", "SpanStep", "boundary_queries", "eidetic_step", "hide_retrieved", "span_step"]
+
+STORAGE_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
+
+
+class LayerMemory(Protocol):
+    """What a layer asks of the cache for its sealed blocks: `SpanSelector` plus the innovation that labels a block."""
+
+    def seal(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, marks: torch.Tensor,
+        innovation: torch.Tensor | None,
+    ) -> None: ...  # fmt: skip
+
+    def select(
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class EideticStep:
+    """`table` (B, R, M) into the candidates (B, n, ...), -1 for none."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    innovation: torch.Tensor
+    positions: torch.Tensor
+    table: torch.Tensor
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        """The slots that the next step starts from, as fields of AttentionState."""
+        slots = self.table[:, -1]
+        empty = slots < 0
+        rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+        take = slots.clamp(min=0)
+        return {
+            "eidetic_keys": self.keys[rows, take].masked_fill(empty[..., None, None], 0.0),
+            "eidetic_values": self.values[rows, take].masked_fill(empty[..., None, None], 0.0),
+            "eidetic_innovation": self.innovation[rows, take].masked_fill(empty, 0.0),
+            "eidetic_positions": self.positions[rows, take].masked_fill(empty, -1),
+        }
+
+
+def eidetic_step(
+    plan: StepPlan, state: AttentionState | None, keys: torch.Tensor, values: torch.Tensor, innovation: torch.Tensor,
+    prefix: int,
+) -> EideticStep | None:  # fmt: skip
+    """Choose each group's eidetic tokens among the carried slots and the tokens that leave the window in this step.
+
+    Args:
+        keys, values: (B, prefix + T, G, D), ring and new tokens; innovation: (B, prefix + T).
+
+    Returns:
+        None if there is no candidate at all.
+    """
+    slots, block = plan.settings.eidetic_tokens, plan.settings.span_block_tokens
+    first, last = plan.sealed_from * block, plan.sealed_to * block
+    leaving = slice(first - plan.start + prefix, last - plan.start + prefix)
+    positions = torch.arange(first, last, device=keys.device)
+    positions = positions.masked_fill(positions < plan.settings.sink_tokens, -1).expand(keys.shape[0], -1)
+    if state is None:
+        if first == last:
+            return None
+        k, v, e, p = keys[:, leaving], values[:, leaving], innovation[:, leaving], positions
+    else:
+        k = torch.cat([state.eidetic_keys, keys[:, leaving]], dim=1)
+        v = torch.cat([state.eidetic_values, values[:, leaving]], dim=1)
+        e = torch.cat([state.eidetic_innovation, innovation[:, leaving]], dim=1)
+        p = torch.cat([state.eidetic_positions, positions], dim=1)
+    if first == last:
+        table = torch.arange(slots, device=keys.device).expand(p.shape).masked_fill(p < 0, -1)
+        table = table[:, None].expand(-1, len(plan.boundaries), -1)
+    else:
+        table = keep_surprising(e, p, plan.lo.to(keys.device), slots)
+    return EideticStep(k, v, e, p, table)
+
+
+def hide_retrieved(eidetic: EideticStep, span_ids: torch.Tensor, block: int) -> torch.Tensor:
+    """The eidetic table without tokens that the group's span holds too: no token counts twice.
+
+    Args:
+        span_ids: (B, R, K) block numbers, -1 for none.
+    """
+    rows = torch.arange(eidetic.table.shape[0], device=eidetic.table.device)[:, None, None]
+    blocks = eidetic.positions[rows, eidetic.table.clamp(min=0)] // block
+    twice = (blocks[..., None] == span_ids[:, :, None, :]).any(-1)
+    return eidetic.table.masked_fill(twice, -1)
+
+
+def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
+    """One query a new boundary b: the mean over the tokens b - r + 1 .. b.
+
+    Args:
+        queries: (B, T, C) float32, summed per KV head, before rotary; tail: (B, r - 1, C), those before the step.
+
+    Returns:
+        (B, R_new, C) float32.
+    """
+    stride = plan.settings.span_refresh_tokens
+    if tail is None:
+        tail = queries.new_zeros(queries.shape[0], stride - 1, queries.shape[2])
+    padded = torch.cat([tail, queries], dim=1)
+    last = (plan.boundaries[plan.new] - plan.start).to(queries.device)
+    index = last[:, None] + torch.arange(stride, device=queries.device)
+    return padded[:, index].mean(dim=2)
+
+
+@dataclass(frozen=True)
+class SpanStep:
+    """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their numbers."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    table: torch.Tensor
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+    def carried(self) -> dict[str, torch.Tensor]:
+        """The last group's span, as fields of AttentionState."""
+        rows = torch.arange(self.table.shape[0], device=self.table.device)[:, None]
+        last = self.table[:, -1]
+        empty = (last < 0)[..., None, None, None]
+        return {
+            "span_keys": self.keys[rows, last.clamp(min=0)].masked_fill(empty, 0.0),
+            "span_values": self.values[rows, last.clamp(min=0)].masked_fill(empty, 0.0),
+            "span_ids": self.ids[:, -1].clone(),
+            "span_scores": self.scores[:, -1].clone(),
+        }
+
+    def paged(self, settings) -> Paged:  # noqa: ANN001  (MemorySettings)
+        """As a source of attention; sinks inside a retrieved block are masked, since they are always seen."""
+        mask = None
+        if settings.sink_tokens:
+            block = settings.span_block_tokens
+            position = self.ids[..., None] * block + torch.arange(block, device=self.ids.device)
+            mask = position >= settings.sink_tokens
+        return Paged(self.keys, self.values, self.table, mask)
+
+
+def span_step(
+    layer: int, plan: StepPlan, state: AttentionState | None, memory: LayerMemory | None, keys: torch.Tensor,
+    values: torch.Tensor, queries: torch.Tensor, innovation: torch.Tensor | None, prefix: int,
+) -> SpanStep | None:  # fmt: skip
+    """Seal the blocks that left the window, choose a span for every new boundary, and fetch it.
+
+    Without a `memory` (a plain forward pass over a whole sequence) the blocks of the sequence itself are the store. K and V
+    of a sealed block are rounded to the storage dtype in both cases, so the two give the same numbers.
+    """
+    settings = plan.settings
+    block, k = settings.span_block_tokens, settings.span_blocks
+    storage = STORAGE_DTYPES[settings.storage_dtype]
+    sealed = slice(plan.sealed_from * block - plan.start + prefix, plan.sealed_to * block - plan.start + prefix)
+    count = plan.sealed_to - plan.sealed_from
+    new_keys = keys[:, sealed].unflatten(1, (count, block)).to(storage)
+    new_values = values[:, sealed].unflatten(1, (count, block)).to(storage)
+    fresh = plan.visible[plan.new]
+    wanted = k > 0 and fresh.numel() > 0 and int(fresh.max()) > 0
+    picks = boundary_queries(plan, queries, None if state is None else state.query_tail) if wanted else None
+    if memory is None or state is None:
+        if picks is None:
+            return None
+        ids, scores = select_blocks(picks.float(), landmarks(new_keys.float()), fresh, k)
+        return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores)
+
+    if count:
+        owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)
+        marks = landmarks(owned[0].to(torch.float32))
+        labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float().cpu()
+        memory.seal(layer, plan.sealed_from, *owned, marks, labels)
+    pool_k, pool_v, tables, all_ids, all_scores = [], [], [], [], []
+    if plan.carried:
+        pool_k.append(state.span_keys)
+        pool_v.append(state.span_values)
+        places = torch.arange(state.span_ids.shape[1], device=keys.device).expand(state.span_ids.shape)
+        tables.append(places.masked_fill(state.span_ids < 0, -1)[:, None])
+        all_ids.append(state.span_ids[:, None])
+        all_scores.append(state.span_scores[:, None])
+    if fresh.numel():
+        rows = (keys.shape[0], fresh.numel(), k)
+        if picks is None:
+            ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
+        else:
+            ids, scores = memory.select(layer, picks.float().cpu(), plan.boundaries[plan.new], fresh, k)
+        offset = state.span_ids.shape[1] if plan.carried else 0
+        unique, place = ids.clamp(min=0).unique(return_inverse=True)
+        if bool((ids >= 0).any()):
+            fetched_k, fetched_v = memory.fetch(layer, unique.expand(keys.shape[0], -1))
+            pool_k.append(fetched_k.to(keys.device, keys.dtype))
+            pool_v.append(fetched_v.to(keys.device, keys.dtype))
+        tables.append((place + offset).masked_fill(ids < 0, -1).to(keys.device))
+        all_ids.append(ids.to(keys.device))
+        all_scores.append(scores.to(keys.device, torch.float32))
+    if not pool_k:
+        pool_k, pool_v = [state.span_keys], [state.span_values]
+    return SpanStep(
+        torch.cat(pool_k, dim=1), torch.cat(pool_v, dim=1), _join(tables, -1), _join(all_ids, -1),
+        _join(all_scores, float("-inf")),
+    )  # fmt: skip
+
+
+def _join(rows: list[torch.Tensor], fill: float) -> torch.Tensor:
+    """Concatenate (B, R_i, K_i) along R; K may have changed between steps, so rows are padded to the widest."""
+    width = max(row.shape[-1] for row in rows)
+    return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[-1]), value=fill) for r in rows], dim=1)

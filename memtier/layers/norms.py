@@ -1,0 +1,30 @@
+"""Root mean square norms, summed in float32 (float64 for float64 models)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["GatedRMSNorm", "RMSNorm"]
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        full = x if x.dtype == torch.float64 else x.float()
+        full = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * full.to(x.dtype)
+
+
+class GatedRMSNorm(RMSNorm):
+    """``RMSNorm(x * silu(gate))``, as in Mamba-2."""
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x * F.silu(gate))

@@ -1,0 +1,105 @@
+"""Rotary positions of every memory, rebased a step so that they stay small and exact however long the stream.
+
+Near keys (window, fading) keep their distance to the query. Far keys follow `far_positions`:
+
+    compact   packed as [sinks | eidetic | span] just before the fading band: no position exceeds what training saw
+    none      neither far keys nor their queries are rotated: a far token is found by content alone
+    true      their own distance: for short runs only, since the angles grow with the stream
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from memtier.blocks import MemorySettings
+from memtier.layers.plan import StepPlan
+from memtier.layers.rotary import apply_rotary, rotary_table
+from memtier_kernels import Band, Paged
+
+__all__ = ["Sources", "rotate_sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The memories of one layer in one step, before rotation.
+
+    `eidetic_positions` (B, n) are those of the eidetic candidates, `span_ids` (B, R, K) the blocks of the table's rows.
+    """
+
+    window: Band
+    fading: Band | None
+    sinks: Paged | None
+    eidetic: Paged | None
+    span: Paged | Band | None
+    eidetic_positions: torch.Tensor | None = None
+    span_ids: torch.Tensor | None = None
+
+
+def rotate_sources(
+    q: torch.Tensor, sources: Sources, plan: StepPlan, theta: float | None, far_sizes: tuple[int, int, int], carried: bool
+) -> dict[str, torch.Tensor | Band | Paged | None]:
+    """Arguments of `span_attention`.
+
+    Args:
+        q: (B, T, H, D).
+        far_sizes: tokens reserved for sinks, eidetic and span in the compact layout; the same in every step.
+        carried: True if the bands begin with the rings of a carried state.
+    """
+    read: dict[str, torch.Tensor | Band | Paged | None] = {
+        "q": q, "q_far": q, "window": sources.window, "fading": sources.fading, "sinks": sources.sinks,
+        "eidetic": sources.eidetic, "span": sources.span,
+    }  # fmt: skip
+    if theta is None:
+        return read
+    settings: MemorySettings = plan.settings
+    size, device = q.shape[-1], q.device
+    # position of token plan.start + t is base + t: the oldest entry of the longest ring has position 0
+    base = settings.window_tokens + settings.ring_tokens if carried else 0
+
+    def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return apply_rotary(x, *rotary_table(positions, size, theta, q.dtype))
+
+    def turn_band(band: Band) -> Band:
+        first = base + q.shape[1] - band.k.shape[1]
+        return replace(band, k=turn(band.k, torch.arange(band.k.shape[1], device=device) + first))
+
+    now = torch.arange(q.shape[1], device=device) + base
+    read["q"], read["window"] = turn(q, now), turn_band(sources.window)
+    read["fading"] = None if sources.fading is None else turn_band(sources.fading)
+    if settings.far_positions == "none":
+        return read
+    if settings.far_positions == "true" or isinstance(sources.span, Band):
+        read["q_far"] = read["q"]
+        shift = base - plan.start
+        if isinstance(sources.span, Band):
+            read["span"] = turn_band(sources.span)
+        elif sources.span is not None and sources.span_ids is not None:
+            read["span"] = _turn_span(sources.span, sources.span_ids, shift, turn)
+        if sources.eidetic is not None and sources.eidetic_positions is not None:
+            pool = turn(sources.eidetic.k, sources.eidetic_positions[..., None] + shift)
+            read["eidetic"] = replace(sources.eidetic, k=pool)
+        if sources.sinks is not None:
+            places = torch.arange(sources.sinks.k.shape[1], device=device)[:, None] + shift
+            read["sinks"] = replace(sources.sinks, k=turn(sources.sinks.k, places))
+        return read
+    read["q_far"] = turn(q, now - base + plan.start - plan.lo_token + settings.window_tokens + sum(far_sizes))
+    for i, name in enumerate(("sinks", "eidetic", "span")):
+        source = read[name]
+        if isinstance(source, Paged):
+            place = torch.arange(source.table.shape[2] * source.k.shape[2], device=device) + sum(far_sizes[:i])
+            cos, sin = rotary_table(place, size, theta, q.dtype)
+            read[name] = replace(source, cos=cos, sin=sin)
+    return read
+
+
+def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:  # noqa: ANN001  (the closure of rotate_sources)
+    """The span with one pool entry a table entry, each rotated to the distance of its own tokens."""
+    batch, rows, blocks = span.table.shape
+    block = span.k.shape[2]
+    take = span.table.clamp(min=0).flatten(1)
+    line = torch.arange(batch, device=ids.device)[:, None]
+    positions = ids.clamp(min=0).flatten(1)[..., None] * block + torch.arange(block, device=ids.device) + shift
+    table = torch.arange(rows * blocks, device=ids.device).reshape(rows, blocks).expand(batch, -1, -1)
+    return replace(span, k=turn(span.k[line, take], positions), v=span.v[line, take], table=table.masked_fill(ids < 0, -1))

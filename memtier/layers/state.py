@@ -1,0 +1,88 @@
+"""What an attention layer carries from one step to the next. Omit a field, and splitting or restoring is silently wrong.
+
+Every tensor has a fixed size, so device memory does not grow with the stream. Rings are kept in order: the newest token is the
+last entry; entries before the session's first token are zeros that no mask lets through. Shape letters: `memtier.blocks`; R is
+the ring W + S + r, and the fading ring is W + R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+__all__ = ["AttentionState", "empty_attention_state", "roll"]
+
+
+@dataclass(frozen=True)
+class AttentionState:
+    """The carried tensors of one attention layer; keys are before rotary embedding."""
+
+    keys: torch.Tensor  # (B, R, G, D)
+    values: torch.Tensor  # (B, R, G, D)
+    innovation: torch.Tensor  # (B, R) float32: of the tokens in the ring
+    fading_keys: torch.Tensor  # (B, W + R, G, D); zero tokens without fading memory
+    fading_values: torch.Tensor  # (B, W + R, G, D)
+    last_fading: torch.Tensor  # (B, E): f of the newest token
+    key_tail: torch.Tensor  # (B, width - 1, C): inputs of the k convolution
+    value_tail: torch.Tensor  # (B, width - 1, C)
+    query_tail: torch.Tensor  # (B, r - 1, C) float32: queries summed per KV head, before rotary
+    eidetic_keys: torch.Tensor  # (B, M, G, D)
+    eidetic_values: torch.Tensor  # (B, M, G, D)
+    eidetic_innovation: torch.Tensor  # (B, M) float32
+    eidetic_positions: torch.Tensor  # (B, M) int64, ascending, -1 for an empty slot
+    sink_keys: torch.Tensor  # (B, sinks, G, D)
+    sink_values: torch.Tensor  # (B, sinks, G, D)
+    span_keys: torch.Tensor  # (B, K, S, G, D): what serves the current group
+    span_values: torch.Tensor  # (B, K, S, G, D)
+    span_ids: torch.Tensor  # (B, K) int64, -1 for none
+    span_scores: torch.Tensor  # (B, K) float32
+    last_query: torch.Tensor  # (B, H, D): of the newest token, as it met the span
+    last_lse: torch.Tensor  # (B, H): log-sum-exp of its row
+    mass: torch.Tensor  # (5,): shares of sinks, span, eidetic, fading, window in the last step
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> AttentionState:
+        """The same state with `fn` applied to each tensor."""
+        return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+
+
+def roll(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The ring after `new` (B, T, ...) came in: the same size, and memory of its own."""
+    size, tokens = ring.shape[1], new.shape[1]
+    if tokens >= size:
+        return new[:, tokens - size :].to(ring.dtype).clone()
+    return torch.cat([ring[:, tokens:], new.to(ring.dtype)], dim=1)
+
+
+def empty_attention_state(
+    batch: int, *, settings, heads: int, kv_heads: int, head_dim: int, hidden_size: int, conv_size: int,
+    fading: bool, memory: bool, device: torch.device, dtype: torch.dtype,
+) -> AttentionState:  # fmt: skip
+    """The state before the first token. `settings` is a MemorySettings."""
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    ring, eidetic = settings.ring_tokens, settings.eidetic_tokens if fading else 0
+    fading_ring = settings.window_tokens + ring if fading else 0
+    blocks = settings.span_blocks if memory else 0
+    stride = settings.span_refresh_tokens if memory else 1
+    tail = max(conv_size - 1, 0)
+    channels = kv_heads * head_dim
+
+    def zeros(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(batch, *shape, dtype=kind, device=device)
+
+    def kv(*shape: int) -> torch.Tensor:
+        return zeros(*shape, kv_heads, head_dim)
+
+    return AttentionState(
+        keys=kv(ring), values=kv(ring), innovation=zeros(ring, kind=full),
+        fading_keys=kv(fading_ring), fading_values=kv(fading_ring), last_fading=zeros(hidden_size),
+        key_tail=zeros(tail, channels), value_tail=zeros(tail, channels), query_tail=zeros(stride - 1, channels, kind=full),
+        eidetic_keys=kv(eidetic), eidetic_values=kv(eidetic), eidetic_innovation=zeros(eidetic, kind=full),
+        eidetic_positions=zeros(eidetic, kind=torch.int64) - 1,
+        sink_keys=kv(settings.sink_tokens), sink_values=kv(settings.sink_tokens),
+        span_keys=kv(blocks, settings.span_block_tokens), span_values=kv(blocks, settings.span_block_tokens),
+        span_ids=zeros(blocks, kind=torch.int64) - 1, span_scores=zeros(blocks, kind=torch.float32) - float("inf"),
+        last_query=zeros(heads, head_dim), last_lse=zeros(heads, kind=full),
+        mass=torch.zeros(5, dtype=full, device=device),
+    )  # fmt: skip

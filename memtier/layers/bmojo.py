@@ -13,7 +13,7 @@ from torch import nn
 
 from memtier.layers.distill import distillation_loss
 from memtier.layers.mamba2 import Mamba2, Mamba2State
-from memtier.layers.memories import LayerMemory, eidetic_step, hide_retrieved, span_step
+from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_retrieved, span_step
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan
 from memtier.layers.positions import Sources, rotate_sources
@@ -68,7 +68,7 @@ class BMojoMixer(nn.Module):
     def empty_state(self, settings, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:  # noqa: ANN001
         """The state before the first token, under the given MemorySettings."""
         attention = empty_attention_state(
-            batch, settings=settings, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            batch, settings=settings, kv_heads=self.kv_heads, head_dim=self.head_dim,
             hidden_size=self.hidden_size, conv_size=self.conv_size, fading=self.fading is not None,
             memory=self.layer in settings.memory_layers, device=device, dtype=dtype,
         )  # fmt: skip
@@ -146,10 +146,13 @@ class BMojoMixer(nn.Module):
             losses = replace(losses, span=distillation_loss(read["q_far"], read["span"], result.lse, queries, k, plan))
         if carried is None:
             return out, None, losses
-        share = [(result.parts[s] - result.lse).exp().mean() if s in result.parts else result.lse.new_zeros(()) for s in SOURCES]
-        changes.update(
-            last_query=read["q_far"][:, -1].clone(), last_lse=result.lse[:, -1].clone(), mass=torch.stack(share)
-        )
+        zero = result.lse.new_zeros(())
+        share = [(result.parts[s] - result.lse).exp().mean() if s in result.parts else zero for s in SOURCES]
+        changes["mass"] = torch.stack(share)
+        if isinstance(read["span"], Paged):
+            changes["span_mass"] = block_mass(read["q_far"][:, -1], result.lse[:, -1], read["span"])
+        elif "span_ids" in changes:
+            changes["span_mass"] = zero.expand(changes["span_ids"].shape).clone()
         return out, MixerState(replace(carried, **changes), f_state), losses
 
     def _far_sizes(self, settings) -> tuple[int, int, int]:  # noqa: ANN001

@@ -5,6 +5,7 @@ Parameters have the names and shapes of transformers' Mamba2Mixer, so weights mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -55,15 +56,16 @@ class Mamba2(nn.Module):
         self.norm = GatedRMSNorm(self.inner, eps)
         self.out_proj = nn.Linear(self.inner, hidden_size, bias=False)
 
-    @torch.no_grad()
-    def reset_ssm(self, *, dt_min: float = 1e-3, dt_max: float = 0.1) -> None:
+    @staticmethod
+    def initial_ssm(heads: int, *, dt_min: float = 1e-3, dt_max: float = 0.1) -> dict[str, torch.Tensor]:
         """Initial decays of Mamba-2: A spread over [1, 16], step sizes log-uniform over [dt_min, dt_max]."""
-        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16).log())
-        low, high = torch.tensor(dt_min).log(), torch.tensor(dt_max).log()
-        dt = (torch.rand_like(self.dt_bias, dtype=torch.float32) * (high - low) + low).exp()
-        # the inverse of softplus, so that softplus(dt_bias) = dt
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
-        self.D.fill_(1.0)
+        dt = (torch.rand(heads) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)).exp()
+        # dt_bias is the inverse of softplus, so that softplus(dt_bias) = dt
+        return {
+            "A_log": torch.empty(heads).uniform_(1, 16).log(),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),
+            "D": torch.ones(heads),
+        }
 
     def empty_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> Mamba2State:
         """The state before the first token."""

@@ -12,10 +12,20 @@ from typing import Protocol
 import torch
 
 from memtier.layers.plan import StepPlan
+from memtier.layers.rotary import apply_rotary
 from memtier.layers.state import AttentionState
 from memtier_kernels import Paged, keep_surprising, landmarks, select_blocks
 
-__all__ = ["EideticStep", "LayerMemory", "SpanStep", "boundary_queries", "eidetic_step", "hide_retrieved", "span_step"]
+__all__ = [
+    "EideticStep",
+    "LayerMemory",
+    "SpanStep",
+    "block_mass",
+    "boundary_queries",
+    "eidetic_step",
+    "hide_retrieved",
+    "span_step",
+]
 
 STORAGE_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -214,6 +224,29 @@ def span_step(
         torch.cat(pool_k, dim=1), torch.cat(pool_v, dim=1), _join(tables, -1), _join(all_ids, -1),
         _join(all_scores, float("-inf")),
     )  # fmt: skip
+
+
+def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged) -> torch.Tensor:
+    """The share of one token's softmax that went to each block of the last table row, mean over heads.
+
+    Args:
+        q: (B, H, D), as it met the span; lse: (B, H), log-sum-exp of its whole row.
+
+    Returns:
+        (B, K), 0 where there is no block.
+    """
+    batch, heads, size = q.shape
+    block, kv_heads = span.k.shape[2:4]
+    table = span.table[:, -1]
+    keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].flatten(1, 2)
+    if span.cos is not None and span.sin is not None:
+        keys = apply_rotary(keys, span.cos, span.sin)
+    hidden = (table < 0)[..., None].expand(-1, -1, block)
+    if span.mask is not None:
+        hidden = hidden | ~span.mask[:, -1]
+    scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * size**-0.5, keys).flatten(1, 2)
+    share = (scores.to(lse.dtype) - lse[..., None]).exp().masked_fill(hidden.flatten(1)[:, None], 0.0)
+    return share.mean(1).unflatten(-1, (table.shape[1], block)).sum(-1)
 
 
 def _join(rows: list[torch.Tensor], fill: float) -> torch.Tensor:

@@ -38,8 +38,7 @@ class AttentionState:
     span_values: torch.Tensor  # (B, K, S, G, D)
     span_ids: torch.Tensor  # (B, K) int64, -1 for none
     span_scores: torch.Tensor  # (B, K) float32
-    last_query: torch.Tensor  # (B, H, D): of the newest token, as it met the span
-    last_lse: torch.Tensor  # (B, H): log-sum-exp of its row
+    span_mass: torch.Tensor  # (B, K): share of the newest token's softmax that went to each block
     mass: torch.Tensor  # (5,): shares of sinks, span, eidetic, fading, window in the last step
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> AttentionState:
@@ -56,7 +55,7 @@ def roll(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
 
 
 def empty_attention_state(
-    batch: int, *, settings, heads: int, kv_heads: int, head_dim: int, hidden_size: int, conv_size: int,
+    batch: int, *, settings, kv_heads: int, head_dim: int, hidden_size: int, conv_size: int,
     fading: bool, memory: bool, device: torch.device, dtype: torch.dtype,
 ) -> AttentionState:  # fmt: skip
     """The state before the first token. `settings` is a MemorySettings."""
@@ -83,6 +82,6 @@ def empty_attention_state(
         sink_keys=kv(settings.sink_tokens), sink_values=kv(settings.sink_tokens),
         span_keys=kv(blocks, settings.span_block_tokens), span_values=kv(blocks, settings.span_block_tokens),
         span_ids=zeros(blocks, kind=torch.int64) - 1, span_scores=zeros(blocks, kind=torch.float32) - float("inf"),
-        last_query=zeros(heads, head_dim), last_lse=zeros(heads, kind=full),
+        span_mass=zeros(blocks, kind=full),
         mass=torch.zeros(5, dtype=full, device=device),
     )  # fmt: skip

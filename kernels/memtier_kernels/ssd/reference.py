@@ -102,4 +102,5 @@ def ssd(
     y = Y.permute(0, 1, 4, 2, 3, 5).reshape(batch, c * Q, heads, head)[:, :tokens].to(x.dtype)
     if D is not None:
         y = y + D.to(x.dtype)[:, None] * x
-    return y, last.reshape(batch, heads, head, size), a.sum(1)
+    # the last state must not keep the states of all chunks alive
+    return y, last.reshape(batch, heads, head, size).clone(), a.sum(1)

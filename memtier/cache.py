@@ -1,0 +1,369 @@
+"""TieredCache: everything a session carries on the device, in the shape of a transformers Cache.
+
+Its tensors have fixed sizes, whatever the position. Blocks that leave the window go to a `SpanSelector`; without one they are
+kept in host memory (`HostSpanSelector`), so the cache also works by itself in ``model.generate``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache
+
+from memtier.blocks import MemoryBlock, MemorySettings, SpanSelection, SpanSelector
+from memtier.errors import IncompatibleMemoryError, ModelError
+from memtier.layers.bmojo import SOURCES, BMojoMixer, MixerState
+from memtier.layers.mamba2 import Mamba2State
+from memtier.layers.plan import StepPlan, window_start
+from memtier_kernels import select_blocks
+
+if TYPE_CHECKING:
+    from memtier.models.bmojo.configuration_bmojo import BMojoConfig
+
+__all__ = ["HostSpanSelector", "TieredCache"]
+
+LayerState = MixerState | Mamba2State
+
+
+class HostSpanSelector:
+    """Keeps every sealed block in host memory and scores all of them: the plain case, without a store."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[torch.Tensor]] = {}
+
+    def append(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
+    ) -> None:
+        """See `SpanSelector.append`."""
+        new = [keys, values, landmarks]
+        held = self._blocks.get(layer)
+        self._blocks[layer] = new if held is None else [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)]
+
+    def select(
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.select`."""
+        return select_blocks(queries, self._blocks[layer][2], visible, k)
+
+    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.fetch`."""
+        keys, values, _ = self._blocks[layer]
+        rows = torch.arange(ids.shape[0])[:, None]
+        missing = (ids < 0)[..., None, None, None]
+        take = ids.clamp(min=0)
+        return keys[rows, take].masked_fill(missing, 0), values[rows, take].masked_fill(missing, 0)
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Keep the rows of the batch named by `order`."""
+        self._blocks = {
+            layer: [t.index_select(0, order.cpu()) for t in tensors] for layer, tensors in self._blocks.items()
+        }
+
+
+class TieredCache(Cache):
+    """Carried memory of one session (batch 1) or of a batch of sequences that stand at the same position.
+
+    Args:
+        config: of the model that will read.
+        settings: memory sizes; None for the model's own.
+        selector: where sealed blocks go; None: host memory, and `take_sealed` gives nothing.
+    """
+
+    def __init__(
+        self,
+        config: BMojoConfig,
+        *,
+        settings: MemorySettings | None = None,
+        selector: SpanSelector | None = None,
+        batch_size: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(layers=[])
+        self.config = config
+        self.settings = config.memory_settings() if settings is None else settings
+        self.selector: SpanSelector = HostSpanSelector() if selector is None else selector
+        self._rows = batch_size
+        self.position = 0
+        self.boundary = -1
+        self.marks: set[int] = set()
+        self.states: list[LayerState] = _empty_states(
+            config, self.settings, batch_size, torch.device(device or "cpu"), dtype or config.dtype or torch.float32
+        )
+        self._collect = selector is not None and batch_size == 1
+        self._sealed: dict[int, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
+
+    # what the model calls
+
+    def advance(self, plan: StepPlan, states: list[LayerState]) -> None:
+        """Take the states after a step that every layer has finished."""
+        self.states = states
+        self.position = plan.start + plan.tokens
+        self.boundary = int(plan.boundaries[-1])
+        self.marks = {m for m in self.marks if m >= self.position}
+
+    def seal(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, marks: torch.Tensor,
+        innovation: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        """Take blocks that left the window: K, V (B, n, S, G, D), landmarks (B, n, C), innovation (B, n, S) or None.
+
+        Raises:
+            ModelError: a key or a value is not finite in the storage dtype.
+        """
+        if not (bool(keys.isfinite().all()) and bool(values.isfinite().all())):
+            raise ModelError(
+                f"layer {layer} made non-finite keys or values near block {first_block} in "
+                f"{self.settings.storage_dtype}. Check the weights, or open with a wider storage_dtype."
+            )
+        self.selector.append(layer, first_block, keys, values, marks)
+        if self._collect:
+            self._sealed.setdefault(layer, []).append((first_block, keys, values, marks, innovation))
+
+    def select(
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.select`."""
+        return self.selector.select(layer, queries, boundaries, visible, k)
+
+    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.fetch`."""
+        return self.selector.fetch(layer, ids)
+
+    # what a session calls
+
+    def mark(self, position: int) -> None:
+        """Choose the span anew at `position`, which must not have been read yet."""
+        assert position >= self.position, (position, self.position)
+        self.marks.add(position)
+
+    def take_sealed(self) -> list[MemoryBlock]:
+        """The blocks sealed since the last call, in order; they own their memory."""
+        sealed, self._sealed = self._sealed, {}
+        layers = [sealed[layer] for layer in self.settings.memory_layers if layer in sealed]
+        block, blocks = self.settings.span_block_tokens, []
+        for parts in zip(*layers, strict=True):
+            first, count = parts[0][0], parts[0][1].shape[1]
+            surprise = [part[4] for part in parts if part[4] is not None]
+            label = torch.stack(surprise).mean(0)[0] if surprise else torch.full((count, block), float("nan"))
+            for i in range(count):
+                index = first + i
+                blocks.append(
+                    MemoryBlock(
+                        index, index * block, (index + 1) * block, tuple(p[1][0, i] for p in parts),
+                        tuple(p[2][0, i] for p in parts), tuple(p[3][0, i] for p in parts), label[i],
+                    )  # fmt: skip
+                )
+        return blocks
+
+    def clone(self, selector: SpanSelector) -> TieredCache:
+        """A copy that shares no tensor with this one, on a selector of its own."""
+        copy = object.__new__(TieredCache)
+        copy.__dict__.update(self.__dict__)
+        copy.selector, copy.marks, copy._sealed, copy._collect = selector, set(self.marks), {}, True
+        copy.states = [_map(state, torch.clone) for state in self.states]
+        return copy
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything carried, by name. The tensors are the live ones: copy before the next step."""
+        out: dict[str, torch.Tensor] = {}
+        for i, state in enumerate(self.states):
+            out.update({f"layers.{i}.{name}": value for name, value in _flatten(state)})
+        out["position"] = torch.tensor(self.position)
+        out["boundary"] = torch.tensor(self.boundary)
+        out["marks"] = torch.tensor(sorted(self.marks), dtype=torch.int64)
+        return out
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take what `state_dict` gave; tensors are copied.
+
+        Raises:
+            IncompatibleMemoryError: names, shapes or dtypes are not those of this model under these settings.
+        """
+        mine = self.state_dict()
+        if missing := sorted(set(mine) ^ set(tensors)):
+            raise IncompatibleMemoryError(
+                f"the saved state and this model differ in {len(missing)} tensors, first {missing[0]!r}. It was saved by "
+                "another model or memory config."
+            )
+        for name, value in mine.items():
+            other = tensors[name]
+            # the span of the current group may be of another size: span_blocks may change between two openings
+            flexible = name == "marks" or ".span_" in name
+            if other.dtype != value.dtype or (other.shape != value.shape and not flexible):
+                raise IncompatibleMemoryError(
+                    f"saved tensor {name!r} is {tuple(other.shape)} {other.dtype}; this model needs {tuple(value.shape)} "
+                    f"{value.dtype}. It was saved by another model, memory config or dtype."
+                )
+        self.states = [
+            _unflatten(state, f"layers.{i}.", tensors, self.device) for i, state in enumerate(self.states)
+        ]
+        self.position, self.boundary = int(tensors["position"]), int(tensors["boundary"])
+        self.marks = set(tensors["marks"].tolist())
+        self._sealed = {}
+
+    # what a report reads
+
+    @property
+    def device(self) -> torch.device:
+        """Where the carried tensors are."""
+        return next(value for _, value in _flatten(self.states[0])).device
+
+    def device_bytes(self) -> int:
+        """Bytes of the distinct storages reachable from the carried states; constant in the length of the stream."""
+        storages = {}
+        for state in self.states:
+            for _, value in _flatten(state):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    def window(self) -> tuple[int, int]:
+        """Positions [start, end) that the newest token sees in its window."""
+        if not self.settings.widened:
+            return max(0, self.position - self.settings.window_tokens), self.position
+        return window_start(self.settings, max(self.boundary, 0)), self.position
+
+    def eidetic(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (n,) int64 and innovation (n,) of the eidetic tokens of a layer, on the CPU; empty if it has none."""
+        state = self.states[layer]
+        if not isinstance(state, MixerState):
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        kept = state.attention.eidetic_positions[0] >= 0
+        return state.attention.eidetic_positions[0][kept].cpu(), state.attention.eidetic_innovation[0][kept].cpu()
+
+    def layer_state(self, layer: int) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of all that a layer carries, by name."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in _flatten(self.states[layer])}
+
+    def half_life(self, layer: int) -> float | None:
+        """Tokens after which the fading memory of a layer has halved, by the mean decay of the last step; None without one."""
+        state = self.states[layer]
+        fading = state if isinstance(state, Mamba2State) else state.fading
+        if fading is None or not fading.log_decay_tokens:
+            return None
+        rate = -float(fading.log_decay.mean()) / fading.log_decay_tokens
+        return float("inf") if rate <= 0 else float(torch.log(torch.tensor(2.0))) / rate
+
+    def last_selection(self) -> list[SpanSelection]:
+        """What each memory layer retrieved at its last boundary, with the attention it got from the newest token."""
+        out = []
+        block = self.settings.span_block_tokens
+        for layer in self.settings.memory_layers:
+            state = self.states[layer]
+            assert isinstance(state, MixerState)
+            ids = state.attention.span_ids[0].tolist()
+            mass = state.attention.span_mass[0].tolist()
+            kept = [i for i, b in enumerate(ids) if b >= 0]
+            scores = state.attention.span_scores[0].tolist()
+            out.append(
+                SpanSelection(
+                    layer, self.boundary, tuple(ids[i] for i in kept), tuple(scores[i] for i in kept),
+                    tuple((ids[i] * block, (ids[i] + 1) * block) for i in kept), tuple(mass[i] for i in kept),
+                )  # fmt: skip
+            )
+        return out
+
+    def attention_mass(self) -> dict[int, dict[str, float]]:
+        """Share of each source in the softmax of the last step, by layer: mean over tokens and heads."""
+        return {
+            i: dict(zip(SOURCES, state.attention.mass.tolist(), strict=True))
+            for i, state in enumerate(self.states)
+            if isinstance(state, MixerState)
+        }
+
+    # what transformers calls
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read."""
+        return self.position
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch."""
+        return self._rows
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Key length and offset, for mask builders."""
+        return self.position + query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: a step reads sizes on the host."""
+        return False
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the rows named by `beam_idx`, as beam search asks."""
+        if not isinstance(self.selector, HostSpanSelector):
+            raise ModelError("beam search needs a cache of its own: pass no selector. A session has one line of tokens.")
+        self.selector.reorder(beam_idx)
+        self.states = [_map(s, lambda t: t if t.dim() == 1 else t.index_select(0, beam_idx)) for s in self.states]
+
+    def reset(self) -> None:
+        """Back to position 0, with an empty store of its own."""
+        fresh = TieredCache(
+            self.config, settings=self.settings, batch_size=self._rows, device=self.device, dtype=self._dtype()
+        )
+        self.__dict__.update(fresh.__dict__)
+
+    def crop(self, max_length: int) -> None:
+        """Refused: a recurrent state cannot be cut."""
+        raise ModelError("a TieredCache cannot be cropped: its recurrent state has no way back. Clone it before the step.")
+
+    def _dtype(self) -> torch.dtype:
+        state = self.states[0]
+        return state.conv.dtype if isinstance(state, Mamba2State) else state.attention.keys.dtype
+
+
+def _empty_states(
+    config: BMojoConfig, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
+) -> list[LayerState]:
+    """Fresh states of every layer: made on a model of no memory (the meta device), so no weights are needed."""
+    states: list[LayerState] = []
+    with torch.device("meta"):
+        mixers = [
+            config.make_fading_memory() if kind == "mamba2" else BMojoMixer(config, i, fading=config.has_fading(i))
+            for i, kind in enumerate(config.layer_types or [])
+        ]
+    for mixer in mixers:
+        if isinstance(mixer, BMojoMixer):
+            states.append(mixer.empty_state(settings, batch, device, dtype))
+        else:
+            states.append(mixer.empty_state(batch, device, dtype))
+    return states
+
+
+def _flatten(state: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
+    """The tensors of nested state records, by dotted name; whole numbers as int64 tensors."""
+    out: list[tuple[str, torch.Tensor]] = []
+    for field in fields(state):
+        value = getattr(state, field.name)
+        if is_dataclass(value):
+            out += _flatten(value, f"{prefix}{field.name}.")
+        elif isinstance(value, torch.Tensor):
+            out.append((prefix + field.name, value))
+        elif isinstance(value, int):
+            out.append((prefix + field.name, torch.tensor(value)))
+    return out
+
+
+def _unflatten(state: Any, prefix: str, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:
+    """A record like `state` with the named tensors in it, copied to the device."""
+    changes: dict[str, Any] = {}
+    for field in fields(state):
+        value, name = getattr(state, field.name), prefix + field.name
+        if is_dataclass(value):
+            changes[field.name] = _unflatten(value, f"{name}.", tensors, device)
+        elif isinstance(value, torch.Tensor):
+            changes[field.name] = tensors[name].to(device, copy=True)
+        elif isinstance(value, int):
+            changes[field.name] = int(tensors[name])
+    return replace(state, **changes)
+
+
+def _map(state: LayerState, fn: Any) -> LayerState:
+    """The same state with `fn` applied to each tensor."""
+    if isinstance(state, Mamba2State):
+        return state.map(fn)
+    return MixerState(state.attention.map(fn), None if state.fading is None else state.fading.map(fn))

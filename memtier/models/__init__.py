@@ -1,0 +1,1 @@
+"""Models that memtier defines."""

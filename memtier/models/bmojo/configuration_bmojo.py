@@ -1,0 +1,161 @@
+"""Configuration of B'MOJO models."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from memtier.blocks import MemorySettings
+from memtier.errors import ConfigError
+from memtier.layers.mamba2 import Mamba2
+
+__all__ = ["LAYER_TYPES", "BMojoConfig"]
+
+LAYER_TYPES = ("bmojo", "mamba2", "sliding_attention")
+
+
+class BMojoConfig(PreTrainedConfig):
+    """Sizes and choices of a B'MOJO model.
+
+    Args:
+        layer_types: the mixer of each layer: "bmojo" (attention with fading memory), "mamba2" (fading memory alone) or
+            "sliding_attention" (attention alone). None: all "bmojo".
+        window_tokens: W, the tokens that attention sees exactly; with far memories on it is widened to whole blocks.
+        sink_tokens: first tokens of a session that stay visible.
+        eidetic_tokens: M, surprising old tokens kept verbatim a bmojo layer; 0 turns eidetic memory off.
+        span_block_tokens, span_refresh_tokens, span_blocks: S, r and K of the expansion span.
+        memory_layers: attention layers with an expansion span. None: the bmojo layers; []: no span.
+        far_positions: "compact", "none" or "true"; see `memtier.layers.positions`.
+        storage_dtype: dtype that K and V of a sealed block are rounded to.
+        rope_theta: base of the rotary embedding; None for none.
+        kv_conv_size: width of the causal depthwise convolution on k and v; 0 for none.
+        fading: mixer of the fading memory: "mamba2", or "none".
+        innovation_loss_weight, span_loss_weight: of the auxiliary training losses.
+
+    Raises:
+        ConfigError: a choice contradicts another.
+    """
+
+    model_type = "bmojo"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 260
+    hidden_size: int = 192
+    num_hidden_layers: int = 4
+    layer_types: list[str] | None = None
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 48
+    intermediate_size: int = 512
+    window_tokens: int = 128
+    sink_tokens: int = 0
+    eidetic_tokens: int = 32
+    span_block_tokens: int = 32
+    span_refresh_tokens: int = 16
+    span_blocks: int = 8
+    memory_layers: list[int] | None = None
+    far_positions: str = "compact"
+    storage_dtype: str = "float16"
+    rope_theta: float | None = 10_000.0
+    kv_conv_size: int = 4
+    qk_norm: bool = False
+    fading: str = "mamba2"
+    ssm_state_size: int = 32
+    ssm_head_dim: int = 48
+    ssm_expand: int = 2
+    ssm_conv_size: int = 4
+    ssm_groups: int = 1
+    ssm_chunk_size: int = 64
+    innovation_loss_weight: float = 0.01
+    span_loss_weight: float = 0.3
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.layer_types is None:
+            self.layer_types = ["bmojo"] * self.num_hidden_layers
+        if self.memory_layers is None:
+            self.memory_layers = [i for i, kind in enumerate(self.layer_types) if kind == "bmojo"]
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def validate_layer_type(self) -> None:
+        """Our layer types are our own; `_check` validates them."""
+
+    def _check(self) -> None:
+        types = self.layer_types or []
+        if len(types) != self.num_hidden_layers or any(kind not in LAYER_TYPES for kind in types):
+            raise ConfigError(
+                f"layer_types is {types}; it must name one of {LAYER_TYPES} for each of the "
+                f"{self.num_hidden_layers} layers."
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
+            raise ConfigError(
+                f"ssm_head_dim is {self.ssm_head_dim}; it must divide ssm_expand * hidden_size "
+                f"({self.ssm_expand * self.hidden_size})."
+            )
+        if (self.ssm_expand * self.hidden_size // self.ssm_head_dim) % self.ssm_groups:
+            raise ConfigError(f"ssm_groups is {self.ssm_groups}; it must divide the number of scan heads.")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even one, or rope_theta=None.")
+        if self.fading not in ("mamba2", "none"):
+            raise ConfigError(f'fading is {self.fading!r}; it must be "mamba2" or "none".')
+        check_settings(self.memory_settings(), types)
+
+    def memory_settings(self) -> MemorySettings:
+        """The memory sizes this model was made for."""
+        return MemorySettings(
+            window_tokens=self.window_tokens, sink_tokens=self.sink_tokens, eidetic_tokens=self.eidetic_tokens,
+            span_block_tokens=self.span_block_tokens, span_refresh_tokens=self.span_refresh_tokens,
+            span_blocks=self.span_blocks, memory_layers=tuple(self.memory_layers or ()),
+            far_positions=self.far_positions, storage_dtype=self.storage_dtype,  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
+
+    def has_fading(self, layer: int) -> bool:
+        """True if the attention of this layer has a fading memory (and with it innovation)."""
+        return self.fading != "none" and (self.layer_types or [])[layer] == "bmojo"
+
+    def make_fading_memory(self) -> Mamba2:
+        """A new recurrent mixer of this model's sizes."""
+        return Mamba2(
+            self.hidden_size, expand=self.ssm_expand, head_dim=self.ssm_head_dim, state_size=self.ssm_state_size,
+            groups=self.ssm_groups, conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size,
+            eps=self.rms_norm_eps,
+        )  # fmt: skip
+
+
+def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
+    """Refuse sizes that contradict each other or the model.
+
+    Raises:
+        ConfigError
+    """
+    for name in ("window_tokens", "span_block_tokens", "span_refresh_tokens"):
+        if getattr(settings, name) < 1:
+            raise ConfigError(f"{name} is {getattr(settings, name)}; it must be at least 1.")
+    for name in ("sink_tokens", "eidetic_tokens", "span_blocks"):
+        if getattr(settings, name) < 0:
+            raise ConfigError(f"{name} is {getattr(settings, name)}; it must be 0 (off) or more.")
+    if settings.sink_tokens > settings.window_tokens:
+        raise ConfigError(
+            f"sink_tokens is {settings.sink_tokens}; it must not exceed window_tokens ({settings.window_tokens})."
+        )
+    for layer in settings.memory_layers:
+        if not 0 <= layer < len(layer_types) or layer_types[layer] == "mamba2":
+            able = [i for i, kind in enumerate(layer_types) if kind != "mamba2"]
+            raise ConfigError(f"memory_layers names layer {layer}; layers with attention are {able}.")
+    if list(settings.memory_layers) != sorted(set(settings.memory_layers)):
+        raise ConfigError(f"memory_layers is {settings.memory_layers}; it must be ascending, each layer once.")
+    if settings.far_positions not in ("compact", "none", "true"):
+        raise ConfigError(f'far_positions is {settings.far_positions!r}; it must be "compact", "none" or "true".')
+    if settings.storage_dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise ConfigError(f"storage_dtype is {settings.storage_dtype!r}; use float16, bfloat16, float32 or float64.")

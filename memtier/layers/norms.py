@@ -1,4 +1,6 @@
-"""Root mean square norms, summed in float32 (float64 for float64 models)."""
+"""Root mean square norms, summed in float32 (float64 for float64 models).
+
+Under autocast the result has the autocast dtype, so that what follows is not cast piece by piece."""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         full = x if x.dtype == torch.float64 else x.float()
         full = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * full.to(x.dtype)
+        kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return self.weight.to(kind) * full.to(kind)
 
 
 class GatedRMSNorm(RMSNorm):

@@ -20,12 +20,13 @@ def causal_conv1d(
     width = weight.shape[1]
     if tail is None:
         tail = x.new_zeros(batch, width - 1, channels)
+    weight = weight.to(x.dtype)
     padded = torch.cat([tail.to(x.dtype), x], dim=1)
     y = padded[:, width - 1 :] * weight[:, width - 1]
     for j in range(width - 1):
         y = y + padded[:, j : j + tokens] * weight[:, j]
     if bias is not None:
-        y = y + bias
+        y = y + bias.to(x.dtype)
     if activation == "silu":
         y = F.silu(y)
     return y, padded[:, tokens:].clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from memtier_kernels.dispatch import compute_dtype
@@ -37,21 +39,50 @@ def span_attention(
     return out.to(q.dtype), lse, {name: part for name, (_, part) in results.items()}
 
 
-def _softmax_values(
-    scores: torch.Tensor, hidden: torch.Tensor, v: torch.Tensor
+class _PartialAttention(torch.autograd.Function):
+    """``o = softmax(q k^T) v`` and ``l = log sum exp(q k^T)`` of one source, with the gradients of both.
+
+    q: (..., Q, D), scaled.   k, v: (..., n, D).   hidden: bool, broadcasts over (..., Q, n).
+    One saved matrix of weights serves the whole backward pass: ``ds = p * (do v^T - sum(do * o) + dl)``.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = (q @ k.transpose(-1, -2)).to(compute_dtype(q.dtype)).masked_fill_(hidden, float("-inf"))
+        top = scores.amax(-1, keepdim=True)
+        top.masked_fill_(top == float("-inf"), 0.0)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        empty = total == 0
+        total = total.masked_fill(empty, 1.0)
+        p = weights.mul_(total.reciprocal()).to(v.dtype)
+        out = p @ v
+        lse = (top + total.log()).masked_fill_(empty, float("-inf")).squeeze(-1)
+        ctx.save_for_backward(q, k, v, p, out)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, p, out = ctx.saved_tensors
+        grad_out, grad_lse = grads[0].to(v.dtype), grads[1]
+        shift = grad_lse - (grad_out * out).sum(-1).to(grad_lse.dtype)
+        # hidden keys have p = 0, so nothing flows to them
+        ds = (grad_out @ v.transpose(-1, -2)).add_(shift[..., None].to(v.dtype)).mul_(p)
+        return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad_out, None
+
+
+def _partial(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Partial attention from scores: out (..., Q, D) and lse (..., Q). hidden broadcasts over scores (..., Q, n)."""
-    scores = scores.to(compute_dtype(scores.dtype)).masked_fill(hidden, float("-inf"))
-    if scores.shape[-1] == 0:
-        return v.new_zeros(*scores.shape[:-1], v.shape[-1]), scores.new_full(scores.shape[:-1], float("-inf"))
-    top = scores.detach().amax(-1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0)
-    weights = (scores - top).exp()
-    total = weights.sum(-1)
-    empty = total == 0
-    safe = torch.where(empty, 1.0, total)
-    out = (weights / safe[..., None]).to(v.dtype) @ v
-    return out, (top.squeeze(-1) + safe.log()).masked_fill(empty, float("-inf"))
+    """Partial attention: out (..., Q, D) and lse (..., Q)."""
+    if k.shape[-2] == 0:
+        nothing = torch.full(q.shape[:-1], float("-inf"), dtype=compute_dtype(q.dtype), device=q.device)
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), nothing
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = _PartialAttention.apply(q, k, v, hidden)  # pyright: ignore[reportGeneralTypeIssues]
+    return out, lse
 
 
 def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +95,7 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
     kv_heads = band.k.shape[2]
     repeat = heads // kv_heads
     q_BGJTD = (q * scale).reshape(batch, tokens, kv_heads, repeat, size).permute(0, 2, 3, 1, 4)
-    k_BGDn, v_BGnD = band.k.permute(0, 2, 3, 1), band.v.transpose(1, 2)
+    k_BGnD, v_BGnD = band.k.to(q.dtype).transpose(1, 2), band.v.to(q.dtype).transpose(1, 2)
     starts, ends = band.start.tolist(), band.end.tolist()
     outs, logs = [], []
     for first in range(0, tokens, BAND_QUERIES):
@@ -72,10 +103,9 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
         # start and end never decrease, so the chunk's first start and last end bound it
         low, high = min(starts[first], ends[last - 1]), ends[last - 1]
         queries = q_BGJTD[:, :, :, first:last].reshape(batch, kv_heads, repeat * (last - first), size)
-        scores = queries @ k_BGDn[..., low:high]
         index = torch.arange(low, high, device=q.device)
         hidden = (index < band.start[first:last, None]) | (index >= band.end[first:last, None])
-        out, lse = _softmax_values(scores, hidden.repeat(repeat, 1), v_BGnD[:, :, low:high])
+        out, lse = _partial(queries, k_BGnD[:, :, low:high], v_BGnD[:, :, low:high], hidden.repeat(repeat, 1))
         outs.append(out.reshape(batch, kv_heads, repeat, last - first, size))
         logs.append(lse.reshape(batch, kv_heads, repeat, last - first))
     out = torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
@@ -127,8 +157,7 @@ def paged_attention(
     hidden = hidden.reshape(batch, rows, 1, 1, blocks * block)
 
     queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
-    scores = queries @ keys.permute(0, 1, 3, 4, 2)
-    out, lse = _softmax_values(scores, hidden, values.transpose(2, 3))
+    out, lse = _partial(queries, keys.to(q.dtype).transpose(2, 3), values.to(q.dtype).transpose(2, 3), hidden)
     out = out.reshape(batch, rows, kv_heads, repeat, per_row, size).permute(0, 1, 4, 2, 3, 5)
     lse = lse.reshape(batch, rows, kv_heads, repeat, per_row).permute(0, 1, 4, 2, 3)
     out = out.reshape(batch, rows * per_row, heads, size)[:, place]

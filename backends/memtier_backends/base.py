@@ -1,7 +1,8 @@
 """The contracts of storage: what a journal, a segment store and an index must do, and the records they exchange.
 
-A session on disk is one folder (`layout.SessionPaths`) with one owner (`lock.SessionLock`). Its journal is the truth; the
-segments, snapshots and the index are derived from it and can be made again. Everything here is bytes and numpy: no torch.
+A session on disk is one folder (`layout.SessionPaths`) with one owner (`lock.SessionLock`). Its journal is the truth;
+the segments, snapshots and the index are derived from it and can be made again. Everything here is bytes and numpy: no
+torch.
 
     Journal        sync, durable on return          journal_sqlite.SqliteJournal.open(path, *, read_only=False)
     SegmentStore   sync, immutable files by name    segments.FileSegmentStore(folder)
@@ -10,8 +11,9 @@ segments, snapshots and the index are derived from it and can be made again. Eve
 
 Beside the protocols:
 
-    layout     check_store(store) -> Path; session_folder(store, tenant, session) -> Path; SessionPaths(folder).lock, .journal,
-               .segments, .snapshots, .index; session_folders(store, tenant) -> list[Path]; remove_session(folder)
+    layout     check_store(store) -> Path; session_folder(store, tenant, session) -> Path;
+               SessionPaths(folder).lock, .journal, .segments, .snapshots, .index;
+               session_folders(store, tenant) -> list[Path]; remove_session(folder)
     lock       SessionLock.acquire(folder) -> SessionLock; .release(); a context manager too
     segments   pack_segment(payloads) -> (bytes, SegmentManifest); read_kv(store, manifest, layer, block) -> RawArray;
                read_landmarks(store, manifest, layer) -> (n, C); read_innovation(store, manifest) -> (n, S);
@@ -20,13 +22,14 @@ Beside the protocols:
     faults     Faults and FaultyJournal, FaultySegmentStore, FaultyIndex (no pytest needed)
     testing    the conformance suites that every adapter's tests subclass (needs pytest); re-exports faults
 
-`layer` is always the ordinal of a memory layer, 0 .. L-1 in the order of `BlockPayload.kv`, never a layer number of the model.
+`layer` is always the ordinal of a memory layer, 0 .. L-1 in the order of `BlockPayload.kv`, never a layer number of the
+model.
 
 Shape letters: S block tokens, G key/value heads, D head size, C landmark size, n blocks of a segment, L memory layers.
 
 Errors: StorageFullError when there is no space (nothing acknowledged is lost, the call may be sent again),
-CorruptMemoryError when bytes are not those that were written, IncompatibleMemoryError for another format, ConfigError for a
-caller's mistake, StorageError for the rest.
+CorruptMemoryError when bytes are not those that were written, IncompatibleMemoryError for another format, ConfigError
+for a caller's mistake, StorageError for the rest.
 """
 
 from __future__ import annotations
@@ -178,8 +181,8 @@ class SegmentManifest:
 class TurnRecord:
     """A turn that holds tokens: [start, end) are those that no rollback took back.
 
-    `text` is the original text of the turn's pieces, joined; None unless texts cover every token of the turn (token ids, a
-    turn that was cut off, a piece cut by a rollback).
+    `text` is the original text of the turn's pieces, joined; None unless texts cover every token of the turn (token
+    ids, a turn that was cut off, a piece cut by a rollback).
     """
 
     turn: int
@@ -350,7 +353,8 @@ class Journal(Protocol):
     def drop_after(self, position: int) -> None:
         """Forget segments and snapshots that hold anything past `position`; the index mark falls back with them.
 
-        A segment that straddles `position` goes as a whole. Files are the caller's: those that no record names are orphans.
+        A segment that straddles `position` goes as a whole. Files are the caller's: those that no record names are
+        orphans.
         """
         ...
 

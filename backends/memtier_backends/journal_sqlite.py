@@ -1,0 +1,371 @@
+"""The journal of a session in one SQLite file.
+
+What its rows are, how they are chained and checked: journal_rows.py. Here is what a session does with them.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memtier.errors import ConfigError, SessionNotFoundError, StorageError
+from memtier_backends.base import SegmentManifest, SnapshotRecord, TurnRecord
+from memtier_backends.files import storage_errors
+from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
+from memtier_backends.sqlite_file import connect, sqlite_errors, truncate_log
+
+__all__ = ["SqliteJournal"]
+
+
+class SqliteJournal:
+    """Journal in one SQLite file: write-ahead log, every commit flushed, deleted bytes overwritten."""
+
+    @classmethod
+    def open(cls, path: Path, *, read_only: bool = False) -> SqliteJournal:
+        """Open a session's journal; one that is not there is made, unless `read_only`.
+
+        Raises:
+            SessionNotFoundError: `read_only`, and there is none.
+            IncompatibleMemoryError: made by a newer format.
+            CorruptMemoryError: not a journal, or damaged where every open looks.
+        """
+        if not path.exists():
+            if read_only:
+                raise SessionNotFoundError(
+                    f"there is no journal at {path}. Check the store, the tenant and the session."
+                )
+            create(path)
+        with sqlite_errors(path, "open the journal"):
+            connection = connect(path, read_only=read_only)
+        journal = cls(path, connection, read_only)
+        try:
+            with journal._reading("open the journal"):
+                journal._piece_start = journal._rows.check_opened().position
+        except BaseException:
+            connection.close()
+            raise
+        return journal
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, read_only: bool) -> None:
+        """Use `open`."""
+        self.path = path
+        self._read_only = read_only
+        self._closed = False
+        self._rows = JournalRows(path, connection)
+        # A text given later stands for the tokens from here on. Where the piece of a turn begun before this open began
+        # is not known: the text of such a turn is told as unknown, never guessed.
+        self._piece_start = 0
+
+    # Tokens and turns
+
+    @property
+    def position(self) -> int:
+        with self._reading("read the position"):
+            return self._rows.head().position
+
+    def begin_turn(
+        self,
+        *,
+        role: str,
+        source: str | None,
+        metadata: Mapping[str, Any] | None,
+        created_at: float,
+        retrieval: str,
+        span_blocks: int,
+    ) -> int:
+        body = to_json(
+            {
+                "role": role,
+                "source": source,
+                "metadata": dict(metadata or {}),
+                "created_at": created_at,
+                "retrieval": retrieval,
+                "span_blocks": span_blocks,
+            }
+        )
+        with self._transaction("begin a turn"):
+            head = self._rows.head()
+            head = replace(head, turn=head.turn + 1)
+            self._rows.append(head, "turn", head.position, head.position, body.encode())
+        self._piece_start = head.position
+        return head.turn
+
+    def commit(
+        self, turn: int, tokens: NDArray[np.integer] | Sequence[int], *, text: str | None = None, mark: bool = False
+    ) -> int:
+        ids = _token_ids(tokens)
+        if mark and not len(ids):
+            raise ConfigError("mark is set and there are no tokens; a mark stands at the last token of its commit.")
+        with self._transaction("commit tokens"):
+            head = self._rows.head()
+            if turn != head.turn:
+                raise ConfigError(f"turn is {turn}; tokens go to the newest turn, {head.turn}. Begin a turn first.")
+            start, end = head.position, head.position + len(ids)
+            if len(ids):
+                head = replace(head, position=end)
+                head = self._rows.append(head, "tokens", start, end, ids.tobytes(), mark=int(mark), live=len(ids))
+            if text and end == self._piece_start:
+                raise ConfigError("text is given and its piece has no tokens; commit it with the piece's tokens.")
+            if text is not None and end > self._piece_start:
+                self._rows.append(head, "text", self._piece_start, end, text.encode("utf-8", "surrogatepass"), live=1)
+        if text is not None:
+            self._piece_start = end
+        return end
+
+    def rollback(self, position: int, reason: str) -> None:
+        with self._transaction("roll back"):
+            head = self._rows.head()
+            if not 0 <= position <= head.position:
+                raise ConfigError(f"position is {position}; a rollback goes to a position in [0, {head.position}].")
+            self._rows.append(replace(head, position=position), "rollback", position, position, reason.encode())
+            self._rows.execute(
+                "UPDATE entries SET live = MAX(0, ? - start) "
+                "WHERE kind = 'tokens' AND live > 0 AND start >= ? AND start + live > ?",
+                (position, self._row_start(position), position),
+            )
+            self._rows.execute("UPDATE entries SET live = 0 WHERE kind = 'text' AND live > 0 AND end > ?", (position,))
+            self._drop_after(position)
+        self._piece_start = position
+
+    def tokens(self, start: int, end: int) -> NDArray[np.int32]:
+        with self._reading("read tokens"):
+            position = self._rows.head().position
+            if not 0 <= start <= end <= position:
+                raise ConfigError(f"tokens [{start}, {end}) were asked for; the session holds [0, {position}).")
+            ids = np.empty(end - start, dtype=np.int32)
+            at = start
+            for entry in self._live_tokens(start, end):
+                if not entry.start <= at < entry.start + entry.live:
+                    self._rows.corrupt(f"tokens from {at} on are missing")
+                row = np.frombuffer(entry.body, dtype="<i4")[at - entry.start : min(entry.live, end - entry.start)]
+                ids[at - start : at - start + len(row)] = row
+                at += len(row)
+            if at != end:
+                self._rows.corrupt(f"tokens [{at}, {end}) are missing")
+            return ids
+
+    def turns(self, start: int = 0, end: int | None = None) -> list[TurnRecord]:
+        with self._reading("read turns"):
+            end = self._rows.head().position if end is None else end
+            if start >= end:
+                return []
+            first, last = self._rows.execute(
+                "SELECT MIN(turn), MAX(turn) FROM entries WHERE kind = 'tokens' AND live > 0 "
+                "AND start >= ? AND start < ? AND start + live > ?",
+                (self._row_start(start), end, start),
+            ).fetchone()
+            if first is None:
+                return []
+            spans = {
+                turn: (turn_start, turn_end)
+                for turn, turn_start, turn_end in self._rows.execute(
+                    "SELECT turn, MIN(start), MAX(start + live) FROM entries "
+                    "WHERE kind = 'tokens' AND live > 0 AND turn BETWEEN ? AND ? GROUP BY turn ORDER BY turn",
+                    (first, last),
+                )
+            }
+            texts: dict[int, list[Entry]] = {}
+            for entry in self._rows.entries("e.kind = 'text' AND e.live > 0 AND e.turn BETWEEN ? AND ?", (first, last)):
+                texts.setdefault(entry.turn, []).append(entry)
+            begun = {
+                entry.turn: json.loads(entry.body)
+                for entry in self._rows.entries("e.kind = 'turn' AND e.turn BETWEEN ? AND ?", (first, last))
+            }
+            missing = spans.keys() - begun.keys()
+            if missing:
+                self._rows.corrupt(f"the entry that begins turn {min(missing)} is missing")
+            return [
+                TurnRecord(turn=turn, start=s, end=e, text=_joined(texts.get(turn, []), s, e), **begun[turn])
+                for turn, (s, e) in spans.items()
+            ]
+
+    def marks(self, start: int, end: int) -> list[int]:
+        with self._reading("read marks"):
+            found = self._rows.execute(
+                "SELECT end - 1 FROM entries WHERE mark = 1 AND end > ? AND end <= ? AND live = end - start "
+                "ORDER BY end",
+                (start, end),
+            )
+            return [mark for (mark,) in found]
+
+    # What is derived from the tokens
+
+    def get_meta(self, key: str) -> Any:
+        with self._reading(f"read meta {key!r}"):
+            found = self._rows.records("meta", key)
+            return found[0] if found else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        with self._transaction(f"set meta {key!r}"):
+            self._rows.put_record("meta", key, 0, value)
+
+    def add_segment(self, manifest: SegmentManifest) -> None:
+        with self._transaction(f"add segment {manifest.name}"):
+            position, next_block = self._rows.head().position, self._next_block()
+            if manifest.first_block != next_block or manifest.end > position:
+                raise ConfigError(
+                    f"segment {manifest.name} holds blocks from {manifest.first_block} on and tokens up to "
+                    f"{manifest.end}; block {next_block} comes next, and the session has {position} tokens."
+                )
+            self._rows.put_record("segment", manifest.name, manifest.first_block, manifest.to_json())
+
+    def segments(self) -> list[SegmentManifest]:
+        with self._reading("read segments"):
+            manifests = [SegmentManifest.from_json(plain) for plain in self._rows.records("segment")]
+            next_block = 0
+            for manifest in manifests:
+                if manifest.first_block != next_block:
+                    self._rows.corrupt(f"the record of the segment with block {next_block} is missing")
+                next_block = manifest.end_block
+            return manifests
+
+    @property
+    def indexed_through(self) -> int:
+        with self._reading("read the index mark"):
+            return self._rows.head().indexed_through
+
+    def set_indexed_through(self, blocks: int) -> None:
+        with self._transaction("set the index mark"):
+            stored = self._next_block()
+            if not 0 <= blocks <= stored:
+                raise ConfigError(f"the index mark is {blocks}; it must be in [0, {stored}], the blocks in segments.")
+            self._rows.put_head(replace(self._rows.head(), indexed_through=blocks))
+
+    def add_snapshot(self, record: SnapshotRecord) -> None:
+        with self._transaction(f"add snapshot {record.name}"):
+            position = self._rows.head().position
+            if not 0 <= record.position <= position:
+                raise ConfigError(
+                    f"snapshot {record.name} is of position {record.position}; it must be in [0, {position}]."
+                )
+            self._rows.put_record("snapshot", record.name, record.position, asdict(record))
+
+    def snapshots(self) -> list[SnapshotRecord]:
+        with self._reading("read snapshots"):
+            return [SnapshotRecord(**plain) for plain in self._rows.records("snapshot")]
+
+    def drop_snapshot(self, name: str) -> None:
+        with self._transaction(f"drop snapshot {name}"):
+            self._rows.execute("DELETE FROM records WHERE kind = 'snapshot' AND name = ?", (name,))
+
+    def drop_after(self, position: int) -> None:
+        with self._transaction("drop what is derived"):
+            self._drop_after(position)
+
+    # The file
+
+    @property
+    def bytes_on_disk(self) -> int:
+        files = (self.path, Path(f"{self.path}-wal"))
+        with storage_errors(f"read {self.path}"):
+            return sum(file.stat().st_size for file in files if file.exists())
+
+    def verify(self) -> None:
+        with self._reading("verify the journal"):
+            self._rows.verify()
+        self.segments()
+
+    def checkpoint(self) -> None:
+        connection = self._connection()
+        with sqlite_errors(self.path, "checkpoint"):
+            truncate_log(connection, self.path)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        try:
+            if not self._read_only:
+                self.checkpoint()
+        finally:
+            self._closed = True
+            self._rows.connection.close()
+
+    # Private
+
+    def _connection(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StorageError(f"the journal {self.path} is closed; open it again.")
+        return self._rows.connection
+
+    @contextmanager
+    def _transaction(self, action: str) -> Iterator[None]:
+        """All of the body's writes or none; durable when it ends."""
+        connection = self._connection()
+        with sqlite_errors(self.path, action):
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                connection.execute("COMMIT")
+            except BaseException:
+                # SQLite has rolled back by itself after some errors (a full disk).
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _reading(self, action: str) -> Iterator[None]:
+        """One consistent view for several reads, also beside a writer in another process."""
+        connection = self._connection()
+        with sqlite_errors(self.path, action):
+            connection.execute("BEGIN")
+            try:
+                yield
+            finally:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+
+    def _live_tokens(self, start: int, end: int) -> Iterator[Entry]:
+        """Standing token entries that overlap [start, end). Of those, seq and start have the same order."""
+        return self._rows.entries(
+            "e.kind = 'tokens' AND e.live > 0 AND e.start >= ? AND e.start < ? AND e.start + e.live > ?",
+            (self._row_start(start), end, start),
+        )
+
+    def _row_start(self, position: int) -> int:
+        """Where the standing token entry that holds `position` begins, so that a range need not be sought from 0."""
+        (start,) = self._rows.execute(
+            "SELECT MAX(start) FROM entries WHERE kind = 'tokens' AND live > 0 AND start <= ?", (position,)
+        ).fetchone()
+        return start or 0
+
+    def _next_block(self) -> int:
+        """Blocks in segments."""
+        newest = self._rows.records("segment", newest_only=True)
+        return SegmentManifest.from_json(newest[0]).end_block if newest else 0
+
+    def _drop_after(self, position: int) -> None:
+        self._rows.execute("DELETE FROM records WHERE kind = 'snapshot' AND rank > ?", (position,))
+        past = [
+            m.first_block for m in map(SegmentManifest.from_json, self._rows.records("segment")) if m.end > position
+        ]
+        if past:
+            self._rows.execute("DELETE FROM records WHERE kind = 'segment' AND rank >= ?", (past[0],))
+            head = self._rows.head()
+            self._rows.put_head(replace(head, indexed_through=min(head.indexed_through, past[0])))
+
+
+def _token_ids(tokens: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ConfigError(f"tokens have shape {ids.shape} and dtype {ids.dtype}; they must be (n,) integers.")
+    if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+        raise ConfigError(f"tokens range from {ids.min()} to {ids.max()}; ids must be in [0, 2**31).")
+    return ids.astype("<i4")
+
+
+def _joined(texts: list[Entry], start: int, end: int) -> str | None:
+    """The texts of a turn in order, if they cover [start, end) without a gap."""
+    at = start
+    for entry in texts:
+        if entry.start != at:
+            return None
+        at = entry.end
+    return b"".join(entry.body for entry in texts).decode("utf-8", "surrogatepass") if at == end else None

@@ -1,0 +1,114 @@
+"""Where a session lies on disk: <store>/<tenant>/<session>/, both names hashes of the ids.
+
+So an id may hold anything: slashes, dots, any script. The ids themselves are kept in the journal's meta; a folder's
+name says nothing about who its memory belongs to.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from uuid import uuid4
+
+from memtier.errors import ConfigError
+from memtier_backends.base import DIGEST_BYTES
+from memtier_backends.files import flush_folder, storage_errors
+
+__all__ = ["SessionPaths", "check_store", "remove_session", "session_folder", "session_folders"]
+
+_FOLDER = re.compile(rf"[0-9a-f]{{{2 * DIGEST_BYTES}}}")
+_REMOVED_PREFIX = ".removed-"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPaths:
+    """What a session's folder holds."""
+
+    folder: Path
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "lock"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "journal.sqlite3"
+
+    @property
+    def segments(self) -> Path:
+        return self.folder / "segments"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.folder / "snapshots"
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "index.lance"
+
+
+def check_store(store: str | Path) -> Path:
+    """The store's absolute path.
+
+    Raises:
+        ConfigError: a URL, an empty path, a path that is not a folder, or a platform without POSIX locks.
+    """
+    if sys.platform not in ("linux", "darwin"):
+        raise ConfigError(f"the platform is {sys.platform}; a store needs a local POSIX disk: Linux or macOS.")
+    text = str(store)
+    if "://" in text:
+        raise ConfigError(f"store is {text!r}, a URL; it must be a folder on a local disk, for example './memory'.")
+    # Path("") is the working folder, which nobody means by an empty store.
+    if not text or "\0" in text:
+        raise ConfigError(f"store is {text!r}; it must be the path of a folder, for example './memory'.")
+    path = Path(text).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"store is {str(path)!r}, which is a file; it must be a folder. Choose another path.")
+    return path
+
+
+def session_folder(store: str | Path, tenant: str, session: str) -> Path:
+    """The folder of a session, whether or not it exists. Ids that differ in any character have different folders.
+
+    Raises:
+        ConfigError: an id is empty or not a string; see also `check_store`.
+    """
+    return _tenant_folder(store, tenant) / _hashed("session", session)
+
+
+def session_folders(store: str | Path, tenant: str) -> list[Path]:
+    """Folders of a tenant's sessions, sorted; the ids are in their journals."""
+    folder = _tenant_folder(store, tenant)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _FOLDER.fullmatch(path.name) and path.is_dir())
+
+
+def remove_session(folder: Path) -> None:
+    """Remove a session's folder with all in it. Call as the owner of its lock.
+
+    It is renamed first, so that a crash leaves no half session; what such a crash left is removed along with the next.
+    """
+    with storage_errors(f"remove the session folder {folder}"):
+        if folder.exists():
+            folder.rename(folder.with_name(f"{_REMOVED_PREFIX}{uuid4().hex}"))
+            flush_folder(folder.parent)
+        if folder.parent.is_dir():
+            for path in folder.parent.glob(f"{_REMOVED_PREFIX}*"):
+                shutil.rmtree(path)
+            flush_folder(folder.parent)
+
+
+def _tenant_folder(store: str | Path, tenant: str) -> Path:
+    return check_store(store) / _hashed("tenant", tenant)
+
+
+def _hashed(kind: str, identity: str) -> str:
+    if not isinstance(identity, str) or not identity:
+        raise ConfigError(f"the {kind} id is {identity!r}; it must be a string of at least one character.")
+    data = identity.encode("utf-8", "surrogatepass")
+    return blake2b(data, digest_size=DIGEST_BYTES, person=kind.encode()).hexdigest()

@@ -1,0 +1,110 @@
+"""One SQLite file, opened so that what it says is durable is durable; and SQLite's errors told as ours."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from memtier.errors import CorruptMemoryError, MemtierError, StorageError, StorageFullError
+
+__all__ = ["connect", "sqlite_errors", "truncate_log"]
+
+# How long a statement waits for a reader or writer of another process.
+_BUSY_TIMEOUT_SECONDS = 5.0
+
+# Our SQL is fixed, so a table or column that is not there (SQLITE_ERROR), a value of the wrong type or a broken
+# constraint means that the file is not as we wrote it.
+_CORRUPT = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+    sqlite3.SQLITE_TOOBIG,
+}
+_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+@contextmanager
+def sqlite_errors(path: Path, action: str) -> Iterator[None]:
+    """Tell a sqlite3.Error as StorageFullError, CorruptMemoryError or StorageError; `action` completes "cannot ..."."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _told(error, path, action) from error
+
+
+def connect(path: Path, *, read_only: bool = False, wal: bool = True) -> sqlite3.Connection:
+    """Open an existing file; transactions are explicit.
+
+    Deleted rows are overwritten (secure_delete), commits reach the device (synchronous=FULL), and on macOS the drive's
+    cache is flushed too (fullfsync).
+    """
+    mode = "ro" if read_only else "rw"
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=_BUSY_TIMEOUT_SECONDS,
+    )
+    try:
+        for pragma in ("trusted_schema=OFF", "cell_size_check=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        if not read_only:
+            for pragma in ("synchronous=FULL", "fullfsync=ON", "checkpoint_fullfsync=ON", "secure_delete=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+            if wal:
+                _use_write_ahead_log(connection, path)
+        # Reads the header, so a file that is no database is told here.
+        connection.execute("PRAGMA schema_version").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def truncate_log(connection: sqlite3.Connection, path: Path) -> None:
+    """Fold the write-ahead log into the file and cut it to nothing, so that no old bytes stay in it.
+
+    Raises:
+        StorageError: a reader held it busy.
+    """
+    busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    if busy:
+        raise StorageError(
+            f"cannot checkpoint {path}: another reader kept it busy for {_BUSY_TIMEOUT_SECONDS:g} s. "
+            "Nothing is lost; end that reader (a report, a backup, a SQLite shell) and call again."
+        )
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection, path: Path) -> None:
+    (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+    if mode != "wal":
+        raise StorageError(
+            f"cannot open {path}: its disk gives journal mode {mode!r}, and 'wal' is needed. "
+            "Put the store on a local disk; network disks do not do."
+        )
+
+
+def _told(error: sqlite3.Error, path: Path, action: str) -> MemtierError:
+    # Python's own errors (a text that is not UTF-8) carry no code of SQLite; they come from damaged bytes only.
+    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    primary = code & 0xFF
+    if primary == sqlite3.SQLITE_FULL:
+        return StorageFullError(
+            f"cannot {action} in {path}: no space is left ({error}). Nothing of it was written and what was "
+            "acknowledged is safe; free some space and call again."
+        )
+    if primary in _CORRUPT or code == sqlite3.SQLITE_IOERR_SHORT_READ:
+        return CorruptMemoryError(
+            f"cannot {action}: {path} is damaged ({error}). Keep the file, restore the session's folder from a backup, "
+            "or delete the session."
+        )
+    if primary in _BUSY:
+        return StorageError(
+            f"cannot {action}: {path} is in use by another connection ({error}). Close it there and call again."
+        )
+    return StorageError(f"cannot {action} in {path}: {error}. Check the disk and its permissions, then call again.")

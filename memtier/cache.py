@@ -215,7 +215,7 @@ class TieredCache(Cache):
         """Bytes of the distinct storages reachable from the carried states; constant in the length of the stream."""
         storages = {}
         for state in self.states:
-            for _, value in _flatten(state):
+            for _, value in _flatten(state, numbers=False):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return sum(storages.values())
 
@@ -334,16 +334,16 @@ def _empty_states(
     return states
 
 
-def _flatten(state: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
-    """The tensors of nested state records, by dotted name; whole numbers as int64 tensors."""
+def _flatten(state: Any, prefix: str = "", *, numbers: bool = True) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of nested state records, by dotted name; whole numbers as int64 tensors, if wanted."""
     out: list[tuple[str, torch.Tensor]] = []
     for field in fields(state):
         value = getattr(state, field.name)
         if is_dataclass(value):
-            out += _flatten(value, f"{prefix}{field.name}.")
+            out += _flatten(value, f"{prefix}{field.name}.", numbers=numbers)
         elif isinstance(value, torch.Tensor):
             out.append((prefix + field.name, value))
-        elif isinstance(value, int):
+        elif numbers and isinstance(value, int):
             out.append((prefix + field.name, torch.tensor(value)))
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from memtier.blocks import MemorySettings
@@ -13,6 +14,7 @@ __all__ = ["LAYER_TYPES", "BMojoConfig"]
 LAYER_TYPES = ("bmojo", "mamba2", "sliding_attention")
 
 
+@strict
 class BMojoConfig(PreTrainedConfig):
     """Sizes and choices of a B'MOJO model.
 

@@ -419,7 +419,7 @@ class MemoryIndex(Protocol):
         ...
 
     async def search_text(self, query: str, k: int) -> list[IndexHit]:
-        """BM25, best first, equal scores newest first; any characters are allowed. No words or no rows: []."""
+        """BM25, best first; of the hits, equal scores newest first. Any characters are allowed; no words, no hits."""
         ...
 
     async def search_landmarks(self, layer: int, vector: NDArray[np.float32], k: int) -> list[IndexHit]:

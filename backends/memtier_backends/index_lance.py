@@ -6,7 +6,8 @@ file is otherwise read in silence.
 
 Every append makes a new version and a fragment, so the writer compacts now and then: fragments are merged, the text
 index takes up the rows added since (until then they are searched one by one), and old versions are dropped, or they
-would soon be larger than the rows. Dropping them pulls files from under a running search, so searches and writes take turns.
+would soon be larger than the rows. Dropping them pulls files from under a running search, so searches and writes take
+turns.
 """
 
 from __future__ import annotations

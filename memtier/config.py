@@ -1,0 +1,99 @@
+"""What a user chooses about a memory, as one frozen model.
+
+Two kinds of fields. The *fingerprinted* ones shape what was written, so a store remembers them and refuses others; left
+None they come from the model. The *free* ones may differ at every open; those that change outputs (`span_blocks`,
+`retrieval`) are journaled with each turn, so that a replay repeats what was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memtier.blocks import FarPositions, MemorySettings, RetrievalMode
+from memtier.errors import ConfigError
+from memtier.models.bmojo.configuration_bmojo import check_settings
+
+__all__ = ["FINGERPRINTED", "MemoryConfig", "resolve_settings"]
+
+FINGERPRINTED = (
+    "window_tokens",
+    "sink_tokens",
+    "eidetic_tokens",
+    "span_block_tokens",
+    "span_refresh_tokens",
+    "memory_layers",
+    "far_positions",
+)
+
+
+class MemoryConfig(BaseModel):
+    """How much to remember, and at what cost. Frozen; unknown fields are refused.
+
+    Raises:
+        ConfigError: a field is unknown, of the wrong type, or out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    window_tokens: int | None = Field(None, ge=1, description="Tokens attended exactly. None: the model's.")
+    sink_tokens: int | None = Field(None, ge=0, description="First tokens that stay visible for ever.")
+    eidetic_tokens: int | None = Field(None, ge=0, description="Surprising old tokens kept verbatim, a layer.")
+    span_block_tokens: int | None = Field(None, ge=1, description="Tokens in one block of long-term memory.")
+    span_refresh_tokens: int | None = Field(None, ge=1, description="Retrieval chooses anew every so many tokens.")
+    memory_layers: tuple[int, ...] | None = Field(None, description="Layers that keep and retrieve blocks.")
+    far_positions: FarPositions | None = Field(None, description="Positions that retrieved keys are given.")
+
+    span_blocks: int | None = Field(None, ge=0, description="Blocks retrieved at a time. None: the model's.")
+    retrieval: RetrievalMode = Field("on", description="'off', 'random' and 'recent' are the controls.")
+    hot_bytes: int | None = Field(64 * 2**20, ge=0, description="K/V kept in host memory, a session. None: all.")
+    landmark_bytes: int | None = Field(64 * 2**20, ge=0, description="Landmarks kept in host memory, a session.")
+    inbox_blocks: int = Field(256, ge=1, description="Sealed blocks that may wait for the disk, a session.")
+    snapshot_every_tokens: int = Field(32_768, ge=1, description="Tokens between two snapshots of the state.")
+    max_open_sessions: int = Field(64, ge=1, description="Sessions one runtime holds open.")
+    max_turn_tokens: int = Field(10_000_000, ge=1, description="Longest single turn that is taken.")
+    durability: Literal["turn", "token"] = Field(
+        "turn", description="'turn': sampled tokens are acknowledged when the call ends; 'token': one by one."
+    )
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "MemoryConfig"
+            raise ConfigError(
+                f"MemoryConfig: {name}: {first['msg']}, got {first.get('input')!r}. "
+                f"The fields are {', '.join(type(self).model_fields)}."
+            ) from error
+
+
+def resolve_settings(config: MemoryConfig, of_model: MemorySettings, layer_types: Sequence[str]) -> MemorySettings:
+    """The sizes a session runs with: the user's where given, else the model's.
+
+    Args:
+        config: what the user chose.
+        of_model: the model's own sizes.
+        layer_types: kinds of the model's layers, which say where blocks can be kept.
+
+    Raises:
+        ConfigError: the sizes contradict each other or the model.
+    """
+    names = (*FINGERPRINTED, "span_blocks")
+    chosen = {name: value for name in names if (value := getattr(config, name)) is not None}
+    settings = replace(of_model, **chosen)
+    check_settings(settings, list(layer_types))
+    if settings.span_block_tokens > settings.window_tokens:
+        raise ConfigError(
+            f"span_block_tokens is {settings.span_block_tokens}; it must not exceed window_tokens "
+            f"({settings.window_tokens}). Take smaller blocks, or a larger window."
+        )
+    if config.span_blocks == 0 and config.retrieval != "off":
+        raise ConfigError(
+            f"span_blocks is 0 and retrieval is {config.retrieval!r}: nothing could be retrieved. "
+            f"Set retrieval='off', or span_blocks to 1 or more."
+        )
+    return settings

@@ -1,0 +1,178 @@
+"""Where a generation's tokens come from: the session itself, or a copy that leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing
+from functools import partial
+from typing import Protocol
+
+import anyio
+import numpy as np
+import torch
+
+from memtier.errors import ConfigError, SessionError
+from memtier.feed import Feed, Step
+from memtier.reader import Manner, Reader
+from memtier.threads import WorkerThread
+from memtier.timeline import Timeline
+
+__all__ = ["AsideLine", "Line", "RememberedLine", "SessionDoor"]
+
+
+class SessionDoor(Protocol):
+    """What a line needs of its session."""
+
+    timeline: Timeline
+    model_thread: WorkerThread
+
+    lock: anyio.Lock
+
+    @property
+    def acknowledges_each_token(self) -> bool: ...
+
+    @property
+    def id(self) -> str: ...
+
+    def exclusive(self, line: Line | None, *, changes: bool = True) -> AbstractAsyncContextManager[None]:
+        """The session's lock, any other line ended, and the reader level with the journal if it `changes` anything."""
+        ...
+
+
+class Line:
+    """A line of tokens that begins with a prompt. Subclasses say where they are kept.
+
+    Args:
+        session: whose memory answers.
+        prompt: what the answer follows; None to go on from where the session stands.
+        manner: how to retrieve.
+    """
+
+    remembers = True
+
+    def __init__(self, session: SessionDoor, prompt: Feed | None, manner: Manner) -> None:
+        self._session = session
+        self._prompt = prompt
+        self._manner = manner
+        self._begun = False
+        self.ended = False
+        self.on_end: Callable[[], None] = lambda: None
+
+    async def next(self, sample: Callable[[torch.Tensor], int]) -> int | None:
+        """One step; see `TokenLine.next`."""
+        if self.ended:
+            return None
+        if self._prompt is not None and not self._begun:
+            await self._prompt.open()
+        async with self._session.exclusive(self, changes=self.remembers):
+            if self.ended:
+                return None
+            if not self._begun:
+                self._begun = True
+                await self._begin()
+            return await self._sample(sample)
+
+    async def end(self) -> None:
+        """Acknowledge what was sampled."""
+        if not self.ended:
+            async with self._session.lock:
+                await self.end_within()
+
+    async def end_within(self) -> None:
+        """`end`, for a caller that has the session already."""
+        if not self.ended:
+            self.ended = True
+            self.on_end()
+            await self._end()
+
+    async def _begin(self) -> None:
+        raise NotImplementedError
+
+    async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
+        raise NotImplementedError
+
+    async def _end(self) -> None:
+        raise NotImplementedError
+
+    def _refuse_silence(self, position: int) -> None:
+        if self._prompt is None and position == 0:
+            raise SessionError(
+                f"session {self._session.id!r} is empty and no prompt was given, so there is nothing to go on from. "
+                f"Give a prompt, or observe some text first."
+            )
+
+
+class RememberedLine(Line):
+    """Prompt and answer become two turns of the session."""
+
+    async def _begin(self) -> None:
+        timeline = self._session.timeline
+        self._refuse_silence(timeline.position)
+        if self._prompt is not None:
+            turn = await timeline.begin_turn("user", self._manner)
+            async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
+                async for step, last in steps:
+                    await timeline.read(turn, step.tokens, self._manner, text=step.text, mark=last)
+        timeline.answer_in(self._manner)
+
+    async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
+        return await self._session.timeline.sample(
+            self._manner, sample, acknowledge=self._session.acknowledges_each_token
+        )
+
+    async def _end(self) -> None:
+        await self._session.timeline.acknowledge()
+
+
+class AsideLine(Line):
+    """A copy of the session answers; the session stays as it was, to the bit."""
+
+    remembers = False
+
+    def __init__(self, session: SessionDoor, prompt: Feed | None, manner: Manner) -> None:
+        super().__init__(session, prompt, manner)
+        self._reader: Reader | None = None
+        self._unread: int | None = None
+
+    async def _begin(self) -> None:
+        timeline = self._session.timeline
+        self._refuse_silence(timeline.position)
+        reader = await self._session.model_thread.run(timeline.reader.aside)
+        await timeline.replay(reader)
+        if self._prompt is not None:
+            async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
+                async for step, last in steps:
+                    marks = [reader.position + step.tokens.size - 1] if last else []
+                    read = partial(reader.step, step.tokens, self._manner, marks=marks)
+                    await self._session.model_thread.run(read)
+                    await anyio.lowlevel.checkpoint()
+        self._reader = reader
+
+    async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
+        def step() -> int:
+            assert self._reader is not None, "the line was begun"
+            if self._unread is not None:
+                self._reader.step(np.array([self._unread]), self._manner)
+            assert self._reader.logits is not None, "there is something to continue"
+            return sample(self._reader.logits)
+
+        self._unread = await self._session.model_thread.run(step)
+        return self._unread
+
+    async def _end(self) -> None:
+        self._reader = None
+
+
+async def _marked(steps: AsyncGenerator[Step]) -> AsyncGenerator[tuple[Step, bool]]:
+    """Each step, and whether it is the last: a mark stands at the last token of a prompt."""
+    held: Step | None = None
+    async with aclosing(steps):
+        async for step in steps:
+            if held is not None:
+                yield held, False
+            held = step
+    if held is None:
+        raise ConfigError(
+            "the prompt is empty; give text or token ids, or None to go on from where the session stands."
+        )
+    yield held, True

@@ -1,0 +1,207 @@
+"""What memtier tells: frozen pydantic reports of a call, of a session's four tiers, and of a runtime."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "AttentionMass",
+    "BlockContent",
+    "ContextReport",
+    "EideticToken",
+    "FinishReason",
+    "LayerSelection",
+    "MemoryReport",
+    "ObserveReport",
+    "RuntimeStats",
+    "SelectedBlock",
+    "SessionInfo",
+    "SessionStats",
+    "StateLayer",
+    "StateReport",
+    "StorageReport",
+    "WeightsReport",
+]
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class ObserveReport(_Report):
+    """What one `observe` took in.
+
+    `bits_per_byte` is the model's surprise at the text, over its UTF-8 bytes; None where nothing was predicted or the
+    bytes are unknown (token ids without a tokenizer). `logits` is (tokens, vocabulary), the outputs after each token,
+    only when asked for, and never part of the JSON.
+    """
+
+    tokens: int
+    position: int
+    bits_per_byte: float | None
+    bits_per_token: float | None
+    seconds: float
+    logits: torch.Tensor | None = Field(None, exclude=True, repr=False)
+
+
+class WeightsReport(_Report):
+    """The model: permanent structural memory."""
+
+    name: str
+    parameters: int
+    bytes: int
+    dtype: str
+    device: str
+    fingerprint: str
+    adapters: tuple[str, ...] = ()
+
+
+class StateLayer(_Report):
+    """The fading memory of one layer; `half_life_tokens` follows from the decay of the last step."""
+
+    layer: int
+    kind: str
+    shape: tuple[int, ...]
+    bytes: int
+    norm: float
+    half_life_tokens: float | None
+
+
+class StateReport(_Report):
+    """Fading memory: constant in size, whatever was read."""
+
+    bytes: int
+    layers: tuple[StateLayer, ...]
+
+
+class EideticToken(_Report):
+    """An old token that the innovation test keeps verbatim."""
+
+    position: int
+    text: str
+    innovation: float
+
+
+class ContextReport(_Report):
+    """Short-term memory: the window [window_start, window_end) and, a layer, the surprising old tokens."""
+
+    window_start: int
+    window_end: int
+    window_text: str
+    eidetic: dict[int, tuple[EideticToken, ...]]
+
+
+class SelectedBlock(_Report):
+    """One retrieved block: its score, its tokens [start, end), and its share of the last token's attention."""
+
+    block_id: int
+    score: float
+    start: int
+    end: int
+    attention_mass: float
+
+
+class LayerSelection(_Report):
+    """What one memory layer retrieved at its last boundary."""
+
+    layer: int
+    boundary: int
+    blocks: tuple[SelectedBlock, ...]
+
+
+class StorageReport(_Report):
+    """Long-term memory. `pending_blocks` are sealed and not yet on disk; `lag_tokens` not yet searchable."""
+
+    blocks: int
+    tokens: int
+    bytes_on_disk: int
+    pending_blocks: int
+    lag_tokens: int
+    last_selection: tuple[LayerSelection, ...]
+
+
+AttentionMass = dict[int, dict[str, float]]
+
+
+class MemoryReport(_Report):
+    """The four tiers of a session, as they stand."""
+
+    session: str
+    position: int
+    weights: WeightsReport
+    state: StateReport
+    context: ContextReport
+    storage: StorageReport
+    attention_mass: AttentionMass
+
+
+class SessionStats(_Report):
+    """Counters of one open session. Bytes are of host memory, but for `device_bytes`, and `segment_bytes` on disk."""
+
+    session: str
+    position: int
+    blocks: int
+    inbox_blocks: int
+    pinned_bytes: int
+    hot_bytes: int
+    landmark_bytes: int
+    device_bytes: int
+    segment_bytes: int
+    lag_tokens: int
+    blocks_from_hot: int
+    blocks_from_disk: int
+    snapshots: int
+    failure: str | None
+
+
+class RuntimeStats(_Report):
+    """Counters of a runtime: its open sessions, and the jobs that wait for the model thread."""
+
+    model: str
+    device: str
+    waiting_steps: int
+    open_sessions: int
+    sessions: tuple[SessionStats, ...]
+
+
+class SessionInfo(_Report):
+    """One session of a store, as its journal tells without a model; `open` if the runtime that was asked has it open."""
+
+    id: str
+    tenant: str
+    position: int
+    turns: int
+    blocks: int
+    bytes_on_disk: int
+    created_at: float | None
+    updated_at: float | None
+    model: str | None
+    open: bool = False
+
+
+class BlockContent(_Report):
+    """One block of long-term memory, read back.
+
+    `keys` and `values` are one (S, G, D) float32 array a memory layer, `landmarks` one (C,), `innovation` (S,); all are
+    read-only numpy arrays and no part of the JSON.
+    """
+
+    block_id: int
+    start: int
+    end: int
+    text: str
+    role: str
+    source: str | None
+    metadata: dict[str, Any]
+    created_at: float
+    on_disk: bool
+    keys: tuple[Any, ...] = Field((), exclude=True, repr=False)
+    values: tuple[Any, ...] = Field((), exclude=True, repr=False)
+    landmarks: tuple[Any, ...] = Field((), exclude=True, repr=False)
+    innovation: Any = Field(None, exclude=True, repr=False)
+
+
+FinishReason = Literal["stop", "length", "closed", "cancelled"]

@@ -1,0 +1,173 @@
+"""What a memory layer retrieves: the SpanSelector over the storage tier, in four modes.
+
+    on       the k blocks of highest inner product between the boundary's query and the block's landmark
+    recent   the k newest sealed blocks                     a control: does retrieval beat a longer window?
+    random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
+    off      none
+
+Every landmark of a session is scored, exactly, at every boundary; those beyond the host's budget are read back from their
+segments and scored in pieces. An index of candidates is not asked: the query of a boundary exists only inside the forward
+pass, so candidates fetched before it would depend on where calls were split. So no choice depends on an index, a cache, the
+split of calls, or what is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from memtier_kernels import select_blocks
+
+from memtier.blocks import RetrievalMode
+from memtier.tiers.storage import StorageTier
+
+__all__ = ["OverlaySelector", "StorageSelector"]
+
+
+class StorageSelector:
+    """The selector of a session: what it reads is appended to the storage tier, and chosen from it.
+
+    Args:
+        storage: the session's storage tier.
+        mode: how blocks are chosen; may be set between two steps.
+    """
+
+    def __init__(self, storage: StorageTier, mode: RetrievalMode = "on") -> None:
+        self.storage = storage
+        self.mode: RetrievalMode = mode
+
+    def append(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
+    ) -> None:
+        """See `SpanSelector.append`."""
+        self.storage.append(layer, first_block, _one(keys).cpu(), _one(values).cpu(), _one(landmarks).cpu())
+
+    def select(
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.select`. Scores are inner products, hashes (random) or zeros (recent)."""
+        rows = boundaries.numel()
+        ids = torch.full((1, rows, k), -1, dtype=torch.int64)
+        scores = torch.full((1, rows, k), float("-inf"), dtype=torch.float32)
+        if rows and k and self.mode != "off" and int(visible.max()) > 0:
+            if self.mode == "on":
+                ids, scores = self._best(layer, queries.to("cpu", torch.float32), visible, k)
+            elif self.mode == "recent":
+                ids, scores = _recent(visible, k)
+            else:
+                ids, scores = _random(layer, boundaries, visible, k)
+        return ids, scores
+
+    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.fetch`."""
+        wanted = _one(ids)
+        unique, place = torch.unique(wanted, return_inverse=True)
+        blocks = unique.tolist()
+        zeros = torch.zeros(self.storage.block_shape, dtype=self.storage.dtype)
+        found = iter(self._tensors(layer, [block for block in blocks if block >= 0]))
+        stacked = torch.stack([zeros if block < 0 else next(found) for block in blocks])
+        both = stacked[place]
+        return both[None, :, 0], both[None, :, 1]
+
+    def _best(
+        self, layer: int, queries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        best: tuple[torch.Tensor, torch.Tensor] | None = None
+        for first, rows in self._pieces(layer, int(visible.max())):
+            ids, scores = select_blocks(queries, rows[None], (visible - first).clamp(min=0), k)
+            ids = torch.where(ids < 0, ids, ids + first)
+            best = (ids, scores) if best is None else _better(best, (ids, scores), k)
+        assert best is not None, "select was called with nothing visible"
+        return best
+
+    def _pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        return self.storage.pieces(layer, upto)
+
+    def _tensors(self, layer: int, blocks: Sequence[int]) -> list[torch.Tensor]:
+        return self.storage.fetch(layer, blocks)
+
+
+class OverlaySelector(StorageSelector):
+    """A selector that sees a session's blocks and keeps its own to itself: for answers that are not remembered.
+
+    Args:
+        base: the session's selector, whose tier must not grow while this one is in use.
+    """
+
+    def __init__(self, base: StorageSelector) -> None:
+        super().__init__(base.storage, base.mode)
+        self._first = base.storage.blocks
+        self._tensors_of: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
+        self._landmarks: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
+
+    def append(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
+    ) -> None:
+        """See `SpanSelector.append`."""
+        own = self._tensors_of[layer]
+        assert first_block == self._first + len(own), f"block {first_block} follows {self._first + len(own)} blocks"
+        own += [torch.stack(pair) for pair in zip(_one(keys).cpu(), _one(values).cpu(), strict=True)]
+        self._landmarks[layer] += [row.clone() for row in _one(landmarks).cpu()]
+
+    def _pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        yield from self.storage.pieces(layer, min(upto, self._first))
+        if upto > self._first:
+            yield self._first, torch.stack(self._landmarks[layer][: upto - self._first])
+
+    def _tensors(self, layer: int, blocks: Sequence[int]) -> list[torch.Tensor]:
+        below = [block for block in blocks if block < self._first]
+        own = [self._tensors_of[layer][block - self._first] for block in blocks if block >= self._first]
+        return self.storage.fetch(layer, below, counted=False) + own
+
+
+def _one(batched: torch.Tensor) -> torch.Tensor:
+    assert batched.shape[0] == 1, "a session is a batch of one"
+    return batched[0]
+
+
+def _recent(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    first = (visible - k).clamp(min=0)[:, None]
+    ids = first + torch.arange(k)
+    there = ids < visible[:, None]
+    scores = torch.where(there, 0.0, float("-inf")).to(torch.float32)
+    return torch.where(there, ids, -1)[None], scores[None]
+
+
+def _random(layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest hashes a boundary; they depend on layer, boundary and block alone, so nothing else moves the choice."""
+    blocks = np.arange(int(visible.max()), dtype=np.uint64)
+    rows = []
+    for boundary, seen in zip(boundaries.tolist(), visible.tolist(), strict=True):
+        hashes = _mix(blocks[:seen] ^ _mix(np.uint64(boundary) ^ _mix(np.uint64(layer))))
+        best = np.sort(np.argsort(hashes, kind="stable")[max(0, seen - k) :])
+        ids = np.full(k, -1)
+        scores = np.full(k, -np.inf, np.float32)
+        ids[: best.size] = best
+        scores[: best.size] = (hashes[best] >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+        rows.append((ids, scores))
+    return torch.from_numpy(np.stack([r[0] for r in rows]))[None], torch.from_numpy(np.stack([r[1] for r in rows]))[
+        None
+    ]
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+    """The finaliser of splitmix64: every bit of x moves half of the bits that come out."""
+    x = np.atleast_1d(np.asarray(x, dtype=np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _better(
+    one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor], k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of two choices (1, R, k), the blocks of the second newer than those of the first; ties to the newer."""
+    # newest first, so that a stable sort by score puts the newer of two equals first
+    ids = torch.cat([two[0].flip(-1), one[0].flip(-1)], -1)
+    scores = torch.cat([two[1].flip(-1), one[1].flip(-1)], -1)
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    ids, scores = ids.gather(-1, best), scores.gather(-1, best)
+    # ascending by block; absent ones, whose score is -inf, last
+    order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=-1)
+    return ids.gather(-1, order), scores.gather(-1, order)

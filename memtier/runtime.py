@@ -1,0 +1,343 @@
+"""A store, opened with a model: the threads, the updater tasks, and the sessions.
+
+Three threads serve all sessions: the model's owns every tensor, the journals' owns SQLite, and one packs and writes files.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import anyio
+import torch
+
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
+from memtier_backends.lock import SessionLock
+
+from memtier.blocks import MemorySettings
+from memtier.config import MemoryConfig, resolve_settings
+from memtier.errors import ConfigError, MemtierError, SessionError, SessionNotFoundError
+from memtier.folder import META, Backends, SessionFolder
+from memtier.history import History
+from memtier.reader import Manner, Reader
+from memtier.reports import RuntimeStats, SessionInfo
+from memtier.session import Session
+from memtier.text import check_text
+from memtier.threads import WorkerThread
+from memtier.tiers.retry import retry
+from memtier.tiers.storage import StorageTier
+from memtier.tiers.weights import WeightsTier
+from memtier.timeline import Timeline
+from memtier.updater import Updater
+
+__all__ = ["Runtime", "list_sessions", "open"]
+
+log = logging.getLogger("memtier")
+
+
+def open(
+    store: str | Path, *, model: Any = "nano", tokenizer: Any = None, config: MemoryConfig | None = None,
+    tenant: str = "default", device: str = "auto", dtype: str = "auto",
+) -> Runtime:  # fmt: skip
+    """Open a store with a model: ``async with memtier.open("./memory") as runtime``.
+
+    Args:
+        store: a folder on a local disk; made if missing.
+        model: "nano", a Hugging Face id or folder, or a loaded model, which is given back as it came.
+        tokenizer: a tokenizer, its id or folder; None for the model's own.
+        config: sizes and limits.
+        tenant: sessions of different tenants never meet.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" ...
+        dtype: "auto" (the weights'), "float32", "float64", "bfloat16" or "float16".
+
+    Raises:
+        ConfigError: on entering: a store that is no local folder, a model that cannot be used, sizes that contradict.
+    """
+    return Runtime(store, model, tokenizer, config or MemoryConfig(), tenant, device, dtype)
+
+
+class Runtime:
+    """Made by `open`; an async context manager. Close it in the task that opened it."""
+
+    def __init__(
+        self, store: str | Path, model: Any, tokenizer: Any, config: MemoryConfig, tenant: str, device: str, dtype: str,
+        *, backends: Backends | None = None,
+    ) -> None:  # fmt: skip
+        if not isinstance(config, MemoryConfig):
+            raise ConfigError(f"config is {type(config).__name__}; it must be a memtier.MemoryConfig.")
+        self._store = check_store(store)
+        session_folder(self._store, tenant, "any")  # refuses a tenant that cannot be one
+        check_text(tenant, "the tenant")
+        self._load = partial(WeightsTier.load, model, tokenizer, device, dtype)
+        self._config = config
+        self._tenant = tenant
+        self._backends = backends or Backends()
+        self._sessions: dict[str, Session] = {}
+        self._opening: dict[str, anyio.Lock] = {}
+        self._task: int | None = None
+        self._pid = os.getpid()
+        self._closed = False
+
+    async def __aenter__(self) -> Runtime:
+        if self._task is not None:
+            raise SessionError("this runtime was opened before. Call memtier.open again for a new one.")
+        self._task = anyio.get_current_task().id
+        self._model_thread = WorkerThread("memtier-model", torch.inference_mode)
+        self._journal_thread = WorkerThread("memtier-journal")
+        self._io_thread = WorkerThread("memtier-files")
+        self._tasks = anyio.create_task_group()
+        try:
+            self._weights: WeightsTier = await self._model_thread.run(self._load)
+            model = self._weights.config
+            self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
+            self._log_estimate()
+            await self._tasks.__aenter__()
+        except BaseException:
+            self._stop_threads()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        here = anyio.get_current_task().id
+        if here != self._task:
+            raise SessionError(
+                f"this runtime was opened in task {self._task} and is being closed in task {here}. Close it where it was "
+                f"opened: keep the whole 'async with memtier.open(...)' in one task."
+            )
+        self._closed = True
+        # what waits is in the journal already: a cancelled program need not wait for it to be written out
+        write = not (kind is not None and issubclass(kind, anyio.get_cancelled_exc_class()))
+        failures: list[MemtierError] = []
+        with anyio.CancelScope(shield=True):
+            for session in list(self._sessions.values()):
+                try:
+                    await session.close_within(write=write)
+                except MemtierError as failure:
+                    log.error("session %r was closed with an error: %s", session.id, failure)
+                    failures.append(failure)
+            await self._model_thread.run(self._weights.close)
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            self._stop_threads()
+        if failures and error is None:
+            raise failures[0]
+
+    async def session(self, session_id: str, *, reread: bool = False) -> Session:
+        """The session of that id: a new one, or the one that was, as far as its journal goes.
+
+        Asked twice, the same object.
+
+        Args:
+            session_id: any text of at least one character.
+            reread: read the journal's text again through another model. Not in this version.
+
+        Raises:
+            ConfigError: an id that cannot be one.
+            SessionBusyError: another runtime holds it.
+            SessionError: too many are open.
+            IncompatibleMemoryError: another model, other sizes or a newer format wrote it; names the field.
+            CorruptMemoryError: its files are damaged.
+        """
+        self._check_open()
+        if reread:
+            raise SessionError(
+                "reread comes in a later version of memtier. Open the store with the model that wrote it."
+            )
+        folder = session_folder(self._store, self._tenant, session_id)
+        check_text(session_id, "the session id")
+        async with self._opening.setdefault(session_id, anyio.Lock()):
+            session = self._sessions.get(session_id)
+            if session is None:
+                if len(self._sessions) >= self._config.max_open_sessions:
+                    raise SessionError(
+                        f"{len(self._sessions)} sessions are open, and max_open_sessions is "
+                        f"{self._config.max_open_sessions}. Close one with session.close(), or raise that limit."
+                    )
+                session = await self._open_session(session_id, folder)
+                self._sessions[session_id] = session
+        return session
+
+    async def sessions(self) -> list[SessionInfo]:
+        """Every session of this tenant in the store, open or not."""
+        self._check_open()
+        open_ids = frozenset(self._sessions)
+        return await self._journal_thread.run(_list, self._store, self._tenant, open_ids)
+
+    async def delete_session(self, session_id: str) -> None:
+        """Close a session if it is open, and remove all that is on disk of it.
+
+        Raises:
+            SessionNotFoundError: there is none.
+            SessionBusyError: another runtime holds it.
+        """
+        self._check_open()
+        folder = session_folder(self._store, self._tenant, session_id)
+        async with self._opening.setdefault(session_id, anyio.Lock()):
+            session = self._sessions.get(session_id)
+            if session is not None:
+                await session.close_within(write=False)
+            with anyio.CancelScope(shield=True):
+                await self._journal_thread.run(_remove, folder, session_id)
+
+    async def delete_tenant(self) -> None:
+        """Not in this version. Raises SessionError."""
+        raise SessionError("delete_tenant comes in a later version of memtier. Delete its sessions one by one.")
+
+    async def doctor(self) -> None:
+        """Not in this version. Raises SessionError."""
+        raise SessionError("doctor comes in a later version of memtier.")
+
+    def stats(self) -> RuntimeStats:
+        """Counters of the runtime and its open sessions, at once."""
+        self._check_open()
+        return RuntimeStats(
+            model=self._weights.name,
+            device=str(self._weights.device),
+            waiting_steps=self._model_thread.waiting,
+            open_sessions=len(self._sessions),
+            sessions=tuple(session.stats() for session in self._sessions.values()),
+        )
+
+    # -- private
+
+    async def _open_session(self, session_id: str, folder: Path) -> Session:
+        identity = {"id": session_id, "tenant": self._tenant}
+        opened = await retry(
+            lambda: self._journal_thread.run(
+                partial(
+                    SessionFolder.open,
+                    folder,
+                    self._backends,
+                    identity=identity,
+                    weights=self._weights,
+                    settings=self._settings,
+                )  # fmt: skip
+            ),
+            f"opening session {session_id!r}",
+        )
+        try:
+            return await self._assemble(session_id, opened)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._journal_thread.run(opened.close)
+            raise
+
+    async def _assemble(self, session_id: str, opened: SessionFolder) -> Session:
+        config, settings, model = self._config, self._settings, self._weights.config
+        storage = StorageTier(
+            settings, model.num_key_value_heads, model.head_dim, opened.segments, hot_bytes=config.hot_bytes,
+            landmark_bytes=config.landmark_bytes,
+        )  # fmt: skip
+        position, manifests, indexed = await self._journal_thread.run(_read_marks, opened)
+        await self._io_thread.run(storage.load, manifests)
+        history = History(opened.journal, self._journal_thread, position)
+        updater = Updater(
+            session_id, opened, history, storage, self._weights.codec, self._io_thread, inbox_blocks=config.inbox_blocks,
+            indexed=indexed,
+        )  # fmt: skip
+        reader = Reader(self._weights, settings, storage)
+        timeline = Timeline(
+            session_id, history, reader, updater, self._model_thread, self._io_thread, opened.snapshots,
+            config.snapshot_every_tokens,
+        )  # fmt: skip
+        done = await self._tasks.start(updater.run)
+        try:
+            await timeline.catch_up()
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                updater.stop()
+                await done.wait()
+                await updater.close()
+            raise
+        return Session(
+            session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline, storage,
+            updater, model=self._model_thread, io=self._io_thread, journal=self._journal_thread, updater_done=done,
+            on_close=self._forget_object,
+        )  # fmt: skip
+
+    def _forget_object(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+
+    def _stop_threads(self) -> None:
+        for thread in (self._model_thread, self._journal_thread, self._io_thread):
+            thread.close()
+
+    def _log_estimate(self) -> None:
+        model, layers = self._weights.config, len(self._settings.memory_layers)
+        item = torch.finfo(getattr(torch, self._settings.storage_dtype)).bits // 8
+        kv = 2 * layers * model.num_key_value_heads * model.head_dim * item
+        log.info("%s keeps %d bytes of K/V a token in storage: %d MB a million tokens", self._weights.name, kv, kv)
+
+    def _check_open(self) -> None:
+        if self._task is None or self._closed:
+            raise SessionError("this runtime is not open. Use it inside 'async with memtier.open(...) as runtime'.")
+        if os.getpid() != self._pid:
+            raise SessionError(
+                f"this runtime was opened by process {self._pid}, and this is process {os.getpid()}: threads do not "
+                f"survive a fork. Open the store in the child, or start it with 'spawn'."
+            )
+
+
+def list_sessions(store: str | Path, tenant: str = "default") -> list[SessionInfo]:
+    """Every session of a tenant, read from the journals: no model, no lock, nothing written.
+
+    Raises:
+        ConfigError: a store that is no local folder.
+        StorageError: a journal cannot be read.
+    """
+    return _list(check_store(store), tenant, frozenset())
+
+
+def _list(store: Path, tenant: str, open_ids: frozenset[str]) -> list[SessionInfo]:
+    listed = (_describe(folder, tenant, open_ids) for folder in session_folders(store, tenant))
+    return sorted((info for info in listed if info is not None), key=lambda info: info.id)
+
+
+def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInfo | None:
+    paths = SessionPaths(folder)
+    if not paths.journal.exists():
+        return None  # a session that died before it began
+    journal = SqliteJournal.open(paths.journal, read_only=True)
+    try:
+        meta = journal.get_meta(META)
+        if meta is None:
+            return None
+        turns, segments = journal.turns(), journal.segments()
+        return SessionInfo(
+            id=meta["id"],
+            tenant=tenant,
+            position=journal.position,
+            turns=len(turns),
+            blocks=segments[-1].end_block if segments else 0,
+            bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            created_at=meta["created_at"],
+            updated_at=max((turn.created_at for turn in turns), default=None),
+            model=meta["model"]["name"],
+            open=meta["id"] in open_ids,
+        )
+    finally:
+        journal.close()
+
+
+def _remove(folder: Path, session_id: str) -> None:
+    if not SessionPaths(folder).journal.exists():
+        raise SessionNotFoundError(
+            f"there is no session {session_id!r} in {folder.parent}. Runtime.sessions() lists those there are."
+        )
+    with SessionLock.acquire(folder):
+        remove_session(folder)
+
+
+def _read_marks(opened: SessionFolder) -> tuple:
+    journal = opened.journal
+    return journal.position, journal.segments(), journal.indexed_through

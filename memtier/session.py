@@ -1,0 +1,355 @@
+"""A session: one line of tokens that a model remembers, and what a program may ask of it.
+
+Calls on one session take turns; a new one ends a generation that was left unfinished. Looking (`inspect`, `blocks`, `block`,
+`state`, `stats`) waits for no call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, NoReturn
+
+import anyio
+import pyarrow as pa
+import torch
+
+from memtier.blocks import MemoryHit, RetrievalMode
+from memtier.config import MemoryConfig
+from memtier.errors import ConfigError, SessionError
+from memtier.feed import Feed
+from memtier.folder import SessionFolder
+from memtier.generation import Generation, Sampler, check_stop
+from memtier.lines import AsideLine, Line, RememberedLine
+from memtier.reader import Manner
+from memtier.recall import find
+from memtier.reports import BlockContent, MemoryReport, ObserveReport, SessionStats
+from memtier.text import check_text
+from memtier.threads import WorkerThread
+from memtier.tiers.storage import StorageTier
+from memtier.tiers.weights import WeightsTier
+from memtier.timeline import Timeline
+from memtier.updater import Updater
+from memtier.views import Views
+
+__all__ = ["Session"]
+
+Progress = Callable[[int, int | None], None]
+
+
+class Session:
+    """Made by `Runtime.session`."""
+
+    def __init__(
+        self, session_id: str, config: MemoryConfig, manner: Manner, weights: WeightsTier, folder: SessionFolder,
+        timeline: Timeline, storage: StorageTier, updater: Updater, *, model: WorkerThread, io: WorkerThread,
+        journal: WorkerThread, updater_done: anyio.Event, on_close: Callable[[Session], None],
+    ) -> None:  # fmt: skip
+        self._id = session_id
+        self._config = config
+        self._manner = manner
+        self._weights = weights
+        self._folder = folder
+        self._storage = storage
+        self._updater = updater
+        self._journal_thread = journal
+        self._updater_done = updater_done
+        self._on_close = on_close
+        self.lock = anyio.Lock()
+        self._line: Line | None = None
+        self._closed = False
+        self._pid = os.getpid()
+        self._views = Views(session_id, weights, timeline, storage, updater, model=model, io=io, journal=journal)
+        self.timeline = timeline
+        self.model_thread = model
+
+    @property
+    def id(self) -> str:
+        """The id it was opened by."""
+        return self._id
+
+    @property
+    def position(self) -> int:
+        """Tokens of the session, the last sampled one included."""
+        return self.timeline.position
+
+    # -- reading and answering
+
+    async def observe(
+        self, x: Any, *, role: str = "user", source: str | None = None, metadata: Mapping[str, Any] | None = None,
+        logits: bool = False, on_progress: Progress | None = None,
+    ) -> ObserveReport:  # fmt: skip
+        """Read, and remember.
+
+        Args:
+            x: text, UTF-8 bytes, token ids, or an (async) iterator of these. A plain iterator is advanced on the event loop.
+            role, source, metadata: come back with every hit; metadata must be JSON.
+            logits: return the outputs after each token, (tokens, vocabulary).
+            on_progress: called after each step with the tokens read and the total, None if that is not known.
+
+        Returns:
+            What was read. An iterator that gives nothing makes a report of 0 tokens.
+
+        Raises:
+            ConfigError: empty or invalid input, or too much of it; nothing invalid was written.
+            ModelError: the model refused a step, which was taken back; the steps before stand.
+            StorageError: memory could not be read or written; what was acknowledged stands.
+        """
+        for name, value in (("role", role), ("source", source)):
+            if value is not None or name == "role":
+                _check_label(name, value)
+        began = time.perf_counter()
+        feed = Feed(x, self._weights.codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
+        await feed.open()
+        nats, predicted, kept = 0.0, 0, []
+        async with self.exclusive(None):
+            timeline = self.timeline
+            first = timeline.position
+            turn: int | None = None
+            async with aclosing(feed.steps(at_start=first == 0)) as steps:
+                async for step in steps:
+                    if turn is None:
+                        about = None if metadata is None else dict(metadata)
+                        turn = await timeline.begin_turn(role, self._manner, source=source, metadata=about)
+                    result = await timeline.read(
+                        turn, step.tokens, self._manner, text=step.text, score=True, keep_logits=logits
+                    )
+                    nats, predicted = nats + result.nats, predicted + result.predicted
+                    if result.logits is not None:
+                        kept.append(result.logits)
+                    if on_progress is not None:
+                        on_progress(timeline.position - first, feed.known_tokens)
+            bits = nats / math.log(2)
+            return ObserveReport(
+                tokens=timeline.position - first,
+                position=timeline.position,
+                bits_per_byte=bits / feed.text_bytes if predicted and feed.text_bytes else None,
+                bits_per_token=bits / predicted if predicted else None,
+                seconds=time.perf_counter() - began,
+                logits=self._stacked(kept) if logits else None,
+            )
+
+    def generate(
+        self, prompt: Any = None, *, max_new_tokens: int = 256, stop: str | Sequence[str] = (), temperature: float = 0.0,
+        top_p: float = 1.0, top_k: int = 0, seed: int | None = None, remember: bool = True,
+        retrieval: RetrievalMode | None = None,
+    ) -> Generation:  # fmt: skip
+        """Answer. The prompt is read and the answer sampled as the returned iterator is advanced.
+
+        Args:
+            prompt: as in `observe`; None to go on from where the session stands.
+            max_new_tokens: at most so many.
+            stop: texts that end the answer; they are not part of it, though their tokens are in the session.
+            temperature: 0 takes the most likely token each time.
+            top_p, top_k: of these tokens only; 1 and 0 for all.
+            seed: makes sampling repeatable.
+            remember: False answers from a copy and leaves the session as it is, to the bit.
+            retrieval: "on", "off", "random" or "recent" for this call; None for the configured mode.
+
+        Raises:
+            ConfigError: an argument out of its range.
+        """
+        self._check_open()
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        if retrieval not in (None, "on", "off", "random", "recent"):
+            raise ConfigError(f"retrieval is {retrieval!r}; it must be 'on', 'off', 'random', 'recent' or None.")
+        codec = self._weights.codec
+        sampler = Sampler(temperature, top_p, top_k, seed)
+        feed = None
+        if prompt is not None:
+            feed = Feed(prompt, codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
+        manner = Manner(retrieval or self._manner.retrieval, self._manner.span_blocks)
+        line = (RememberedLine if remember else AsideLine)(self, feed, manner)
+        generation = Generation(
+            line, codec, sampler, stop=check_stop(stop, codec), max_new_tokens=max_new_tokens,
+            end_tokens=self._weights.end_tokens,
+        )  # fmt: skip
+        line.on_end = generation.note_closed
+        return generation
+
+    async def recall(self, query: str, k: int = 5) -> list[MemoryHit]:
+        """Passages that hold the words of `query`, best first, from storage and from the newest tokens.
+
+        Raises:
+            ConfigError: an empty query, k below 1, or a model without a tokenizer.
+            StorageError: memory could not be read or written.
+        """
+        async with self.exclusive(None):
+            await self._updater.flush()
+            return await find(
+                query, k, timeline=self.timeline, index=await self._updater.index(), codec=self._weights.codec,
+                block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self._updater.indexed,
+            )  # fmt: skip
+
+    # -- looking
+
+    async def inspect(self) -> MemoryReport:
+        """The four tiers as they stand. Waits for no other call."""
+        await self._ready_to_look()
+        return await self._views.report()
+
+    def blocks(self, start: int = 0, end: int | None = None) -> pa.RecordBatchReader:
+        """Contents of the blocks that hold tokens of [start, end): text, tokens, provenance, innovation, landmarks.
+
+        Read batch by batch as the reader is advanced; K and V are in `block`.
+        """
+        self._check_open()
+        return self._views.blocks(start, end)
+
+    async def block(self, block_id: int) -> BlockContent:
+        """One block of long-term memory with its K, V, landmarks and innovation, all read-only.
+
+        Raises:
+            SessionError: there is no such block.
+        """
+        self._check_open()
+        return await self._views.block(block_id)
+
+    async def state(self, layer: int) -> dict[str, torch.Tensor]:
+        """Copies of all that one layer carries on the device, by name."""
+        await self._ready_to_look()
+        return await self._views.state(layer)
+
+    def stats(self) -> SessionStats:
+        """Counters, at once."""
+        cache, storage, updater = self.timeline.reader.cache, self._storage, self._updater
+        return SessionStats(
+            session=self._id,
+            position=self.position,
+            blocks=storage.blocks,
+            inbox_blocks=updater.pending,
+            pinned_bytes=storage.pinned_bytes,
+            hot_bytes=storage.hot_bytes,
+            landmark_bytes=storage.landmark_bytes,
+            device_bytes=0 if cache is None else cache.device_bytes(),
+            segment_bytes=storage.segment_bytes,
+            lag_tokens=(storage.blocks - updater.indexed) * storage.settings.span_block_tokens,
+            blocks_from_hot=storage.blocks_from_hot,
+            blocks_from_disk=storage.blocks_from_disk,
+            snapshots=updater.snapshots,
+            failure=updater.failure,
+        )
+
+    # -- keeping
+
+    async def flush(self) -> None:
+        """Return once every block sealed so far is in a segment and in the index.
+
+        Raises:
+            StorageError: it could not be written; nothing acknowledged is lost.
+        """
+        async with self.exclusive(None):
+            await self._updater.flush()
+
+    async def checkpoint(self, name: str) -> None:
+        """Not in this version. Raises SessionError."""
+        _later("checkpoint")
+
+    async def restore(self, name: str) -> None:
+        """Not in this version. Raises SessionError."""
+        _later("restore")
+
+    async def fork(self, session_id: str) -> Session:
+        """Not in this version. Raises SessionError."""
+        _later("fork")
+
+    async def forget(
+        self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None
+    ) -> NoReturn:
+        """Not in this version. Raises SessionError; `Runtime.delete_session` removes a whole session."""
+        _later("forget")
+
+    async def close(self) -> None:
+        """Keep a snapshot, write what waits, and free the session. Harmless when closed already.
+
+        Raises:
+            StorageError: something could not be written; the session is closed all the same, and the next open makes it
+                again from the journal.
+        """
+        await self.close_within(write=True)
+
+    async def close_within(self, *, write: bool) -> None:
+        """`close`; without `write` what waits is left to the next open."""
+        with anyio.CancelScope(shield=True):
+            async with self.lock:
+                if self._closed:
+                    return
+                self._closed = True
+                try:
+                    await self._end_line(None)
+                    if write and not self._updater.error_was_told:
+                        await self.timeline.snapshot()
+                        await self._updater.flush()
+                finally:
+                    await self._free()
+
+    # -- for its lines and its runtime
+
+    @property
+    def acknowledges_each_token(self) -> bool:
+        """True if every sampled token is committed before the next."""
+        return self._config.durability == "token"
+
+    @asynccontextmanager
+    async def exclusive(self, line: Line | None, *, changes: bool = True) -> AsyncGenerator[None]:
+        """The session's lock, any other line ended, failures of the past raised; level with the journal if it `changes`."""
+        self._check_open()
+        async with self.lock:
+            self._check_open()
+            # a line that another call has ended must not end that call's
+            if line is None or not line.ended:
+                await self._end_line(line)
+                await self._updater.ready()
+                if changes or self.timeline.reader.cache is None:
+                    await self.timeline.catch_up()
+            yield
+
+    async def _end_line(self, line: Line | None) -> None:
+        ended, self._line = self._line, line
+        if ended is not None and ended is not line:
+            with anyio.CancelScope(shield=True):
+                await ended.end_within()
+
+    async def _ready_to_look(self) -> None:
+        self._check_open()
+        if self.timeline.reader.cache is None:
+            async with self.exclusive(None):
+                pass
+
+    async def _free(self) -> None:
+        self._updater.stop()
+        await self._updater_done.wait()
+        try:
+            await self._updater.close()
+        finally:
+            self.timeline.reader.drop()
+            try:
+                await self._journal_thread.run(self._folder.close)
+            finally:
+                self._on_close(self)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionError(f"session {self._id!r} is closed. Ask the runtime for it again.")
+        if os.getpid() != self._pid:
+            raise SessionError(
+                f"session {self._id!r} was opened by process {self._pid}, and this is process {os.getpid()}: threads and "
+                f"locks do not survive a fork. Open the store in the child, or start it with 'spawn'."
+            )
+
+    def _stacked(self, kept: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(kept) if kept else torch.empty(0, self._weights.config.vocab_size)
+
+
+def _check_label(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{name} is {value!r}; it must be a string of at least one character.")
+    check_text(value, name)
+
+
+def _later(what: str) -> NoReturn:
+    raise SessionError(f"{what} comes in a later version of memtier; this one cannot do it. Nothing was changed.")

@@ -1,0 +1,114 @@
+"""Landmarks of one memory layer: the newest in host memory, within a budget; older ones read back from their segments.
+
+Scoring asks for all of them, always, so what is chosen does not depend on the budget. Landmarks of blocks that are not on
+disk stay in memory whatever the budget says.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from memtier_backends.base import SegmentManifest, SegmentStore
+from memtier_backends.segments import read_landmarks
+
+from memtier.tiers.retry import retry_reads
+
+__all__ = ["LandmarkTable"]
+
+# Landmarks read from disk are scored this many at a time, so that scoring a long session takes no more memory than that.
+PIECE_BLOCKS = 4096
+
+
+class LandmarkTable:
+    """A growable (n, C) float32 table of which the rows [base, count) are in memory.
+
+    Args:
+        layer: ordinal of the memory layer.
+        size: C.
+        limit_bytes: rows kept in memory, in bytes; None keeps all.
+        store: where the segments lie.
+    """
+
+    def __init__(self, layer: int, size: int, limit_bytes: int | None, store: SegmentStore) -> None:
+        self._layer = layer
+        self._store = store
+        self._limit = None if limit_bytes is None else limit_bytes // (4 * size)
+        self._rows = torch.empty(0, size, dtype=torch.float32)
+        self.base = 0
+        self.count = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory taken."""
+        return self._rows.numel() * 4
+
+    def load(self, manifests: Sequence[SegmentManifest]) -> None:
+        """Take what is on disk: the newest rows into memory, as many as the budget allows."""
+        self.base = self.count = manifests[-1].end_block if manifests else 0
+        self._rows = self._rows[:0].clone()
+        newest: list[torch.Tensor] = []
+        for manifest in reversed(manifests):
+            if self._limit is not None and self.count - manifest.first_block > self._limit:
+                break
+            newest.append(self._read(manifest))
+            self.base = manifest.first_block
+        if newest:
+            self._rows = torch.cat(newest[::-1])
+
+    def append(self, rows: torch.Tensor, durable_blocks: int) -> None:
+        """Take (n, C) rows of the next blocks, and let go of the oldest that are on disk if the budget is spent."""
+        held = self.count - self.base
+        need = held + rows.shape[0]
+        if need > self._rows.shape[0]:
+            grown = torch.empty(max(need, 2 * held, 64), self._rows.shape[1], dtype=torch.float32)
+            grown[:held] = self._rows[:held]
+            self._rows = grown
+        self._rows[held:need] = rows
+        self.count += rows.shape[0]
+        if self._limit is not None and need > self._limit:
+            # a quarter more than needed goes, so that rows are not moved at every step
+            base = min(durable_blocks, self.count - 3 * self._limit // 4)
+            if base > self.base:
+                self._rows = self._rows[base - self.base : need].clone()
+                self.base = base
+
+    def truncate(self, count: int) -> None:
+        """Forget rows >= count. None of them may be on disk."""
+        self.count = max(self.base, min(self.count, count))
+
+    def in_memory(self, start: int, end: int) -> torch.Tensor:
+        """A copy of the rows [start, end), all of which are in memory."""
+        return self._rows[start - self.base : end - self.base].clone()
+
+    def pieces(self, upto: int, manifests: Sequence[SegmentManifest]) -> Iterator[tuple[int, torch.Tensor]]:
+        """All rows [0, upto) as (first block, (n, C)) pieces in order; views, not to be kept.
+
+        Raises:
+            CorruptMemoryError: a segment is damaged.
+        """
+        on_disk = min(self.base, upto)
+        held: list[torch.Tensor] = []
+        first = at = 0
+        for manifest in manifests[: bisect_right(manifests, on_disk - 1, key=lambda m: m.first_block)]:
+            held.append(self._read(manifest)[: on_disk - manifest.first_block])
+            at = min(manifest.end_block, on_disk)
+            if at - first >= PIECE_BLOCKS or at == on_disk:
+                yield first, torch.cat(held)
+                held, first = [], at
+        if upto > self.base:
+            yield self.base, self._rows[: upto - self.base]
+
+    def row(self, block: int) -> np.ndarray | None:
+        """A copy of the landmark of one block, (C,) float32; None if it is not in memory."""
+        return self._rows[block - self.base].numpy().copy() if block >= self.base else None
+
+    def row_on_disk(self, block: int, manifest: SegmentManifest) -> np.ndarray:
+        """The landmark of one block of a segment, (C,) float32."""
+        return self._read(manifest)[block - manifest.first_block].numpy()
+
+    def _read(self, manifest: SegmentManifest) -> torch.Tensor:
+        rows = retry_reads(lambda: read_landmarks(self._store, manifest, self._layer))
+        return torch.from_numpy(np.array(rows))

@@ -1,0 +1,58 @@
+"""The state tier: the fading memory of each layer, what a report says of it, and snapshots of all that a session carries."""
+
+from __future__ import annotations
+
+import torch
+from memtier_backends.segments import pack_tensors, unpack_tensors
+
+from memtier.cache import TieredCache
+from memtier.reports import StateLayer, StateReport
+from memtier.tiers.raw import to_raw, to_tensor
+
+__all__ = ["pack_snapshot", "state_report", "unpack_snapshot"]
+
+LOGITS = "session.logits"
+
+
+def pack_snapshot(cache: TieredCache, logits: torch.Tensor | None) -> bytes:
+    """Everything a session carries, as the bytes of one safetensors file: a copy of this moment.
+
+    Args:
+        cache: the session's cache.
+        logits: (V,) the last logits, which the next sampled token needs; None before the first token.
+    """
+    tensors = cache.state_dict() | ({} if logits is None else {LOGITS: logits})
+    return pack_tensors({name: to_raw(tensor) for name, tensor in tensors.items()}, {"format": "memtier-snapshot-1"})
+
+
+def unpack_snapshot(data: bytes, name: str, digest: str, cache: TieredCache) -> torch.Tensor | None:
+    """Load a snapshot into a fresh cache, and return its logits.
+
+    Raises:
+        CorruptMemoryError: the bytes are not those that were written.
+        IncompatibleMemoryError: the state of another model.
+    """
+    arrays, _ = unpack_tensors(data, name, digest)
+    tensors = {key: to_tensor(raw) for key, raw in arrays.items()}
+    logits = tensors.pop(LOGITS, None)
+    cache.load_state_dict(tensors)
+    return logits
+
+
+def state_report(cache: TieredCache) -> StateReport:
+    """Kind, size, norm and half-life of every layer that carries a recurrent state. Runs on the model thread."""
+    layers = []
+    for layer in range(len(cache.states)):
+        tensors = {name: t for name, t in cache.layer_state(layer).items() if name.rpartition(".")[2] == "ssm"}
+        for tensor in tensors.values():
+            layers.append(
+                StateLayer(
+                    layer=layer,
+                    kind=(cache.config.layer_types or [])[layer],
+                    shape=tuple(tensor.shape),
+                    bytes=tensor.numel() * tensor.element_size(),
+                    norm=float(tensor.double().norm()),
+                    half_life_tokens=cache.half_life(layer),
+                )
+            )
+    return StateReport(bytes=sum(layer.bytes for layer in layers), layers=tuple(layers))

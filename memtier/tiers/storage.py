@@ -1,0 +1,255 @@
+"""The storage tier: every block that left the window, in host memory while hot or not yet on disk, else in segments.
+
+The model thread appends, scores and fetches; the updater's threads pack blocks and report what is on disk. One lock guards
+the tables; nothing is read from disk while it is held.
+
+Tensors of a block and a layer are (2, S, G, D): keys, then values, in the storage dtype, in memory of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from memtier_backends.base import BlockPayload, RawArray, SegmentManifest, SegmentStore
+from memtier_backends.segments import read_innovation, read_kv
+
+from memtier.blocks import MemoryBlock, MemorySettings
+from memtier.errors import SessionError
+from memtier.tiers.landmarks import LandmarkTable
+from memtier.tiers.raw import to_raw, to_tensor
+from memtier.tiers.retry import retry_reads
+
+__all__ = ["StorageTier"]
+
+
+class StorageTier:
+    """Blocks of one session, by memory layer.
+
+    Args:
+        settings: sizes; `settings.memory_layers` are the layers of the model.
+        kv_heads: G.
+        head_dim: D.
+        store: where the segments lie.
+        hot_bytes: K/V of blocks on disk that may stay in memory too; None for all.
+        landmark_bytes: landmarks in memory, all layers together; None for all.
+    """
+
+    def __init__(
+        self, settings: MemorySettings, kv_heads: int, head_dim: int, store: SegmentStore, *,
+        hot_bytes: int | None, landmark_bytes: int | None,
+    ) -> None:  # fmt: skip
+        self.settings = settings
+        self.store = store
+        self.layers = {layer: ordinal for ordinal, layer in enumerate(settings.memory_layers)}
+        self.block_shape = (2, settings.span_block_tokens, kv_heads, head_dim)
+        self.dtype: torch.dtype = getattr(torch, settings.storage_dtype)
+        self._hot_limit = hot_bytes
+        share = None if landmark_bytes is None else landmark_bytes // max(1, len(self.layers))
+        self._landmarks = [LandmarkTable(i, kv_heads * head_dim, share, store) for i in self.layers.values()]
+        self._manifests: list[SegmentManifest] = []
+        self._first_blocks: list[int] = []
+        self._pinned: list[dict[int, torch.Tensor]] = [{} for _ in self.layers]
+        self._hot: OrderedDict[tuple[int, int], torch.Tensor] = OrderedDict()
+        self._block_bytes = int(np.prod(self.block_shape)) * self.dtype.itemsize
+        self._innovation: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.durable_blocks = 0
+        self.blocks_from_hot = 0
+        self.blocks_from_disk = 0
+
+    # -- what it holds
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that every memory layer has; 0 without memory layers."""
+        return min((table.count for table in self._landmarks), default=0)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """K/V in memory because it is not on disk yet."""
+        return sum(map(len, self._pinned)) * self._block_bytes
+
+    @property
+    def hot_bytes(self) -> int:
+        """K/V in memory, pinned or not."""
+        return self.pinned_bytes + len(self._hot) * self._block_bytes
+
+    @property
+    def landmark_bytes(self) -> int:
+        """Landmarks in memory."""
+        return sum(table.nbytes for table in self._landmarks)
+
+    @property
+    def segment_bytes(self) -> int:
+        """Bytes of the segment files."""
+        with self._lock:
+            return sum(manifest.size for manifest in self._manifests)
+
+    def segments(self) -> Sequence[SegmentManifest]:
+        """Manifests in order."""
+        with self._lock:
+            return tuple(self._manifests)
+
+    # -- the model thread
+
+    def load(self, manifests: Sequence[SegmentManifest]) -> None:
+        """Begin with what is on disk."""
+        with self._lock:
+            self._manifests = list(manifests)
+            self._first_blocks = [manifest.first_block for manifest in manifests]
+            self.durable_blocks = manifests[-1].end_block if manifests else 0
+        for table in self._landmarks:
+            table.load(manifests)
+
+    def append(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
+    ) -> None:
+        """Take blocks that a layer sealed: keys and values (n, S, G, D), landmarks (n, C). Known ones are left as they are.
+
+        A replay seals blocks again that are here already; their bits are those of the first time.
+        """
+        ordinal = self.layers[layer]
+        table = self._landmarks[ordinal]
+        skip = table.count - first_block
+        assert skip >= 0, f"block {first_block} follows {table.count} blocks"
+        if skip >= keys.shape[0]:
+            return
+        fresh = {first_block + i: torch.stack((keys[i], values[i])) for i in range(skip, keys.shape[0])}
+        with self._lock:
+            table.append(landmarks[skip:], self.durable_blocks)
+            self._pinned[ordinal].update(fresh)
+            self._shrink()
+
+    def keep_innovation(self, blocks: Sequence[MemoryBlock]) -> list[int]:
+        """Note the innovation of sealed blocks, and say which of them are not on disk yet."""
+        new = [block for block in blocks if block.index >= self.durable_blocks and block.index not in self._innovation]
+        with self._lock:
+            self._innovation.update({block.index: block.innovation.to(torch.float32).numpy().copy() for block in new})
+        return [block.index for block in new]
+
+    def truncate(self, blocks: int) -> None:
+        """Forget blocks >= `blocks`, which a step that failed had sealed; none of them may be on disk."""
+        assert blocks >= self.durable_blocks, "a block on disk cannot be taken back"
+        with self._lock:
+            for table, pinned in zip(self._landmarks, self._pinned, strict=True):
+                table.truncate(blocks)
+                for block in [b for b in pinned if b >= blocks]:
+                    del pinned[block]
+            for block in [b for b in self._innovation if b >= blocks]:
+                del self._innovation[block]
+
+    def pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Landmarks of blocks [0, upto) of a layer as (first block, (n, C)) pieces; views, not to be kept."""
+        return self._landmarks[self.layers[layer]].pieces(upto, self._manifests)
+
+    def fetch(self, layer: int, ids: Sequence[int], *, counted: bool = True) -> list[torch.Tensor]:
+        """K and V (2, S, G, D) of each block, not to be written to. Each id once.
+
+        Raises:
+            CorruptMemoryError: a segment is damaged.
+            StorageError: it cannot be read.
+        """
+        ordinal = self.layers[layer]
+        with self._lock:
+            found = {block: self._in_memory(ordinal, block) for block in ids}
+        missing = [block for block, tensor in found.items() if tensor is None]
+        read = {block: self._read(ordinal, block) for block in missing}
+        if counted:
+            self.blocks_from_hot += len(found) - len(missing)
+            self.blocks_from_disk += len(missing)
+        with self._lock:
+            self._hot.update({(ordinal, block): tensor for block, tensor in read.items()})
+            self._shrink()
+        return [tensor if (tensor := found[block]) is not None else read[block] for block in ids]
+
+    # -- the updater
+
+    def payloads(self, first: int, end: int) -> list[BlockPayload]:
+        """Blocks [first, end), which are not on disk, for `pack_segment`."""
+        size = self.settings.span_block_tokens
+        with self._lock:
+            rows = [table.in_memory(first, end).numpy() for table in self._landmarks]
+            return [
+                BlockPayload(
+                    block=block,
+                    start=block * size,
+                    end=(block + 1) * size,
+                    kv=tuple(to_raw(pinned[block]) for pinned in self._pinned),
+                    landmarks=tuple(row[block - first] for row in rows),
+                    innovation=self._innovation[block],
+                )
+                for block in range(first, end)
+            ]
+
+    def on_disk(self, manifest: SegmentManifest) -> None:
+        """A segment and its manifest are safe: its blocks need not stay in memory."""
+        with self._lock:
+            self._manifests.append(manifest)
+            self._first_blocks.append(manifest.first_block)
+            self.durable_blocks = manifest.end_block
+            for block in range(manifest.first_block, manifest.end_block):
+                self._innovation.pop(block, None)
+                for ordinal, pinned in enumerate(self._pinned):
+                    self._hot[ordinal, block] = pinned.pop(block)
+            self._shrink()
+
+    # -- one block, to look at
+
+    def read_block(
+        self, block: int, *, with_kv: bool = True
+    ) -> tuple[list[torch.Tensor], list[np.ndarray], np.ndarray]:
+        """K/V a layer (none if not asked for), landmark a layer, and innovation of one block.
+
+        Raises:
+            SessionError: there is no such block.
+        """
+        if not 0 <= block < self.blocks:
+            raise SessionError(
+                f"block {block} is not in storage, which holds blocks 0 to {self.blocks - 1}. "
+                f"The newest tokens are in the window: see inspect().context."
+            )
+        with self._lock:
+            manifest = self._manifest(block)
+            innovation = self._innovation.get(block)
+            rows = [table.row(block) for table in self._landmarks]
+        kv = [self.fetch(layer, [block], counted=False)[0] for layer in self.layers] if with_kv else []
+        if manifest is None:
+            assert innovation is not None, f"block {block} is neither pending nor on disk"
+            return kv, [row for row in rows if row is not None], innovation
+        landmarks = [
+            table.row_on_disk(block, manifest) if row is None else row
+            for table, row in zip(self._landmarks, rows, strict=True)
+        ]
+        innovation = retry_reads(lambda: read_innovation(self.store, manifest))[block - manifest.first_block]
+        return kv, landmarks, np.array(innovation)
+
+    # -- private
+
+    def _in_memory(self, ordinal: int, block: int) -> torch.Tensor | None:
+        tensor = self._pinned[ordinal].get(block)
+        if tensor is None and (tensor := self._hot.get((ordinal, block))) is not None:
+            self._hot.move_to_end((ordinal, block))
+        return tensor
+
+    def _manifest(self, block: int) -> SegmentManifest | None:
+        if block >= self.durable_blocks:
+            return None
+        return self._manifests[bisect_right(self._first_blocks, block) - 1]
+
+    def _read(self, ordinal: int, block: int) -> torch.Tensor:
+        with self._lock:
+            manifest = self._manifest(block)
+        assert manifest is not None, f"block {block} of layer ordinal {ordinal} is neither in memory nor on disk"
+        return to_tensor(retry_reads(lambda: read_kv(self.store, manifest, ordinal, block)))
+
+    def _shrink(self) -> None:
+        if self._hot_limit is None:
+            return
+        room = max(0, self._hot_limit - self.pinned_bytes) // self._block_bytes
+        while len(self._hot) > room:
+            self._hot.popitem(last=False)

@@ -1,0 +1,238 @@
+"""The weights tier: a model and its tokenizer, their fingerprint, and one step through them.
+
+A fingerprint is made of the model's configuration, the names and shapes of its tensors, a few values of each, and the
+tokenizer. Neither device nor dtype is part of it: values are compared after rounding to the coarser of the two dtypes.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from hashlib import blake2b
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from memtier.cache import TieredCache
+from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
+from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
+from memtier.reports import WeightsReport
+from memtier.text import TextCodec
+
+__all__ = ["WeightsTier"]
+
+log = logging.getLogger("memtier")
+
+VALUES_A_TENSOR = 4
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Names, paths and library versions say nothing about what the model computes.
+NOT_FINGERPRINTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
+
+
+class WeightsTier:
+    """A loaded model, ready for the model thread.
+
+    Args:
+        model: the model; it is put into eval mode until `close`.
+        codec: its text codec.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: BMojoForCausalLM, codec: TextCodec, name: str) -> None:
+        self.model = model
+        self.config: BMojoConfig = model.config
+        self.codec = codec
+        self.name = name
+        self._was_training = model.training
+        model.eval()
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype
+        self.fingerprint = _fingerprint(model, codec.tokenizer)
+        end = model.config.eos_token_id
+        self.end_tokens = frozenset([end] if isinstance(end, int) else end or ())
+
+    @classmethod
+    def load(
+        cls, model: str | Path | Any, tokenizer: Any = None, device: str = "auto", dtype: str = "auto"
+    ) -> WeightsTier:
+        """Load by name, or take a model as it is.
+
+        Args:
+            model: "nano", a Hugging Face id or folder, or a loaded model (given back as it came).
+            tokenizer: a tokenizer, its id or folder, or None for the model's own.
+            device: "auto" (a GPU if there is one) or a torch device name.
+            dtype: "auto" (the weights') or "float32", "float64", "bfloat16", "float16".
+
+        Raises:
+            ConfigError: an unknown dtype or device, a model that cannot be found, or one that is not B'MOJO.
+        """
+        if dtype != "auto" and dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}; it must be 'auto' or one of {', '.join(DTYPES)}.")
+        if isinstance(model, (str, Path)):
+            name, loaded, own = str(model), *_load(model)
+        else:
+            name, loaded, own = type(model).__name__, model, None
+        if not isinstance(loaded, BMojoForCausalLM):
+            raise ConfigError(_not_bmojo(name, type(loaded).__name__))
+        wanted_dtype = loaded.dtype if dtype == "auto" else DTYPES[dtype]
+        wanted_device = _device(device, loaded, given=loaded is model)
+        if (wanted_dtype, wanted_device) != (loaded.dtype, loaded.device):
+            try:
+                loaded = (copy.deepcopy(loaded) if loaded is model else loaded).to(wanted_device, wanted_dtype)
+            except (RuntimeError, AssertionError) as error:
+                raise ConfigError(f"device {device!r} cannot take the model: {error}. Try device='cpu'.") from error
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = _tokenizer(str(tokenizer))
+        codec = TextCodec(
+            tokenizer if tokenizer is not None else own, loaded.config.vocab_size, loaded.config.bos_token_id
+        )
+        return cls(loaded, codec, name)
+
+    def step(self, ids: torch.Tensor, cache: TieredCache, keep: int) -> torch.Tensor:
+        """One forward pass.
+
+        Args:
+            ids: (T,) int64 on the CPU.
+            cache: of the session; dead if this raises.
+            keep: logits of the last `keep` tokens; 0 keeps all.
+
+        Returns:
+            logits (keep or T, vocabulary) on the CPU, in float32 (float64 for a float64 model).
+
+        Raises:
+            ModelError: keys, values or logits that are not finite, or no memory left on the device.
+        """
+        try:
+            out = self.model(input_ids=ids.to(self.device)[None], past_key_values=cache, logits_to_keep=keep)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{self.device} has no memory left for a step of {ids.numel()} tokens: {error}. "
+                f"The step was taken back; close other sessions or programs on the device and try again."
+            ) from error
+        logits = out.logits[0]
+        logits = logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        return logits
+
+    def check(self, stored: Mapping[str, Any], where: str) -> None:
+        """Refuse a store that another model wrote.
+
+        Raises:
+            IncompatibleMemoryError: names the first field that differs.
+        """
+        for field, hint in (
+            ("config", "The model's configuration differs."),
+            ("tensors", "Its tensors have other names or shapes."),
+            ("tokenizer", "Its tokenizer differs."),
+        ):
+            if stored[field] != self.fingerprint[field]:
+                raise IncompatibleMemoryError(
+                    f"{where} was written by another model: {field} is {stored[field]}, expected "
+                    f"{self.fingerprint[field]} of {self.name!r}. {hint} Open it with the model that wrote it."
+                )
+        if not _same_values(stored, self.fingerprint):
+            raise IncompatibleMemoryError(
+                f"{where} was written by another model: values of its weights differ from those of {self.name!r}, though "
+                f"names and shapes agree. Open it with the weights that wrote it."
+            )
+        if stored["dtype"] != self.fingerprint["dtype"]:
+            log.warning("%s was written in %s and is read in %s", where, stored["dtype"], self.fingerprint["dtype"])
+
+    def report(self) -> WeightsReport:
+        """What `inspect` shows of this tier."""
+        parameters = list(self.model.parameters())
+        return WeightsReport(
+            name=self.name,
+            parameters=sum(p.numel() for p in parameters),
+            bytes=sum(p.numel() * p.element_size() for p in parameters),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            fingerprint=_digest(json.dumps(self.fingerprint, sort_keys=True).encode()),
+        )
+
+    def close(self) -> None:
+        """Give the model back as it came."""
+        self.model.train(self._was_training)
+
+
+def _load(model: str | Path) -> tuple[PreTrainedModel, Any]:
+    name = str(files("memtier.models") / "nano") if str(model) == "nano" else str(model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if not isinstance(config, BMojoConfig):
+            raise ConfigError(_not_bmojo(str(model), config.model_type))
+        return BMojoForCausalLM.from_pretrained(name, config=config, dtype="auto"), _tokenizer(name)
+    except OSError as error:
+        raise ConfigError(
+            f"model {str(model)!r} cannot be loaded: {error}. Give 'nano', a folder that holds config.json and "
+            f"model.safetensors, or the id of a model on the Hugging Face Hub."
+        ) from error
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        log.warning("%s has no tokenizer (%s): sessions take and yield token ids", name, error)
+        return None
+
+
+def _not_bmojo(name: str, kind: str) -> str:
+    return (
+        f"model {name!r} is {kind}, and this version runs B'MOJO models only (memtier.models.bmojo). "
+        f"Use 'nano', or a model trained as BMojoForCausalLM."
+    )
+
+
+def _device(device: str, loaded: PreTrainedModel, given: bool) -> torch.device:
+    if device == "auto":
+        return loaded.device if given else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {device!r}: {error}. Try 'auto', 'cpu' or 'cuda'.") from error
+    if wanted.type == "cuda" and wanted.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return wanted
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def _fingerprint(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_FINGERPRINTED}
+    tensors = dict(model.named_parameters())
+    picked = [_sample(tensor) for tensor in tensors.values()]
+    return {
+        "config": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
+        "tensors": _digest(json.dumps([(name, tuple(t.shape)) for name, t in tensors.items()]).encode()),
+        "values": base64.b64encode(torch.cat(picked).numpy().tobytes()).decode(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tokenizer": _tokenizer_digest(tokenizer),
+    }
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    at = torch.linspace(0, flat.numel() - 1, min(VALUES_A_TENSOR, flat.numel())).long()
+    return flat[at.to(flat.device)].to("cpu", torch.float64)
+
+
+def _same_values(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
+    a, b = (torch.frombuffer(bytearray(base64.b64decode(f["values"])), dtype=torch.float64) for f in (one, two))
+    dtypes = (DTYPES[one["dtype"]], DTYPES[two["dtype"]])
+    return a.shape == b.shape and any(torch.equal(a.to(d), b.to(d)) for d in dtypes)
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return _digest(text.encode())

@@ -1,0 +1,267 @@
+"""One line of tokens, in two places that must agree: the journal, which is the truth, and the reader, which is its cache.
+
+`catch_up` makes the reader what the journal says: it serves open, recovery, a failed step and a cancelled call. `read` and
+`sample` move both on. The caller holds the session's lock. A commit and its step are shielded from cancellation, which acts
+between steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import NoReturn
+
+import anyio
+import numpy as np
+import torch
+from memtier_backends.base import SegmentStore, SnapshotRecord, TurnRecord
+from numpy.typing import NDArray
+
+from memtier.blocks import RetrievalMode
+from memtier.errors import IncompatibleMemoryError, MemtierError, ModelError, StorageError
+from memtier.history import History
+from memtier.reader import STEP_TOKENS, Manner, Reader, StepResult
+from memtier.threads import WorkerThread
+from memtier.updater import Updater
+
+__all__ = ["Timeline"]
+
+log = logging.getLogger("memtier")
+
+REPLAY_TOKENS = 32 * STEP_TOKENS  # read back from the journal at a time
+
+
+class Timeline:
+    """Tokens of one session, read and remembered.
+
+    Args:
+        name: the session's id, for messages.
+        history: its journal.
+        reader: its device side.
+        updater: takes what is sealed.
+        model: the model thread.
+        io: reads snapshots.
+        snapshots: where they lie.
+        snapshot_every_tokens: tokens between two of them.
+    """
+
+    def __init__(
+        self, name: str, history: History, reader: Reader, updater: Updater, model: WorkerThread, io: WorkerThread,
+        snapshots: SegmentStore, snapshot_every_tokens: int,
+    ) -> None:  # fmt: skip
+        self._name = name
+        self.history = history
+        self.reader = reader
+        self._updater = updater
+        self._model = model
+        self._io = io
+        self._snapshots = snapshots
+        self._snapshot_every = snapshot_every_tokens
+        self._snapshot_at = 0
+        self._sampled: list[int] = []  # not in the journal yet
+        self._unread: int | None = None  # the last sampled token, which the model has not read
+        self._answer_turn: int | None = None
+        self._answer_manner: Manner | None = None
+
+    @property
+    def position(self) -> int:
+        """Tokens of the session, those sampled and not yet acknowledged included."""
+        return self.history.position + len(self._sampled)
+
+    async def tokens(self, start: int, end: int) -> NDArray[np.int32]:
+        """Token ids [start, end), those sampled and not yet acknowledged included."""
+        known, sampled = self.history.position, list(self._sampled)
+        journaled = await self.history.tokens(min(start, known), min(end, known))
+        return np.concatenate([journaled, np.array(sampled[max(0, start - known) : max(0, end - known)], np.int32)])
+
+    # -- what the journal holds, read
+
+    async def catch_up(self) -> None:
+        """Make the reader what the journal says.
+
+        Raises:
+            ModelError: the model refuses tokens that it once read.
+            StorageError: memory cannot be read or written.
+        """
+        if self.reader.cache is None:
+            await self._restore()
+        await self.replay(self.reader, self._after)
+
+    async def replay(self, reader: Reader, after: Callable[[StepResult], Awaitable[None]] | None = None) -> None:
+        """Let `reader` read the journal from its position on, each turn in the manner it was first read.
+
+        Args:
+            reader: the session's own, or one aside.
+            after: told of each step.
+        """
+        while reader.position < self.history.position:
+            start = reader.position
+            end = min(self.history.position, start + REPLAY_TOKENS)
+            tokens = await self.history.tokens(start, end)
+            marks = await self.history.marks(start, end)
+            for first, last, manner in _steps(await self.history.turns(start, end), start, end):
+                await self._updater.ready()
+                here = [mark for mark in marks if first <= mark < last]
+                with anyio.CancelScope(shield=True):
+                    step = partial(reader.step, tokens[first - start : last - start], manner, marks=here)
+                    result = await self._model.run(step)
+                    if after is not None:
+                        await after(result)
+
+    async def _restore(self) -> None:
+        """Begin from the newest snapshot that can be read, else from nothing."""
+        records = await self.history.call(self.history.journal.snapshots)
+        for record in reversed([r for r in records if r.position <= self.history.position]):
+            if await self._load(record):
+                self._snapshot_at = record.position
+                return
+        self._snapshot_at = 0
+        await self._model.run(self.reader.begin)
+
+    async def _load(self, record: SnapshotRecord) -> bool:
+        try:
+            data = await self._io.run(self._snapshots.get, record.name)
+            await self._model.run(self.reader.restore, data, record.name, record.hash)
+        except (StorageError, IncompatibleMemoryError) as error:
+            # a snapshot only saves time: the journal holds the same, and an older snapshot or none will do
+            log.warning("session %r: the snapshot at %d is left out: %s", self._name, record.position, error)
+            return False
+        return True
+
+    # -- new tokens
+
+    async def read(
+        self, turn: int, tokens: NDArray[np.int32], manner: Manner, *, text: str | None = None, mark: bool = False,
+        score: bool = False, keep_logits: bool = False,
+    ) -> StepResult:  # fmt: skip
+        """Commit at most STEP_TOKENS tokens, then read them.
+
+        Raises:
+            ModelError: the model refused them; they were taken back by a record.
+            StorageError: they were not acknowledged, or memory cannot be read or written.
+        """
+        await self._updater.ready()
+        with anyio.CancelScope(shield=True):
+            before = self.history.position
+            await self.history.commit(turn, tokens, text=text, mark=mark)
+            marks = [self.history.position - 1] if mark else []
+            step = partial(self.reader.step, tokens, manner, marks=marks, score=score, keep_logits=keep_logits)
+            try:
+                result = await self._model.run(step)
+            except StorageError:
+                raise  # no fault of these tokens: they are acknowledged, and read again by the next call
+            except Exception as error:
+                await self.history.rollback(before, f"the model refused a step: {error}")
+                _raise_refused(error)
+            await self._after(result)
+        return result
+
+    async def sample(self, manner: Manner, choose: Callable[[torch.Tensor], int], *, acknowledge: bool) -> int:
+        """Read the token sampled last, and sample the next.
+
+        Args:
+            manner: how to retrieve.
+            choose: a token id from logits.
+            acknowledge: commit the new token before returning.
+
+        Raises:
+            ModelError: the model refused the token sampled last; it was taken back.
+            StorageError: memory cannot be read or written.
+        """
+        await self._updater.ready()
+        with anyio.CancelScope(shield=True):
+            try:
+                token, result = await self._model.run(self._read_and_choose, self._unread, manner, choose)
+            except StorageError:
+                await self.acknowledge()
+                raise
+            except Exception as error:
+                await self._take_back(error)
+                _raise_refused(error)
+            self._unread = token
+            self._sampled.append(token)
+            if acknowledge or result.sealed or self._snapshot_due():
+                await self._commit_sampled()
+            await self._after(result)
+        return token
+
+    async def acknowledge(self) -> None:
+        """Commit what was sampled: the answer ends here."""
+        await self._commit_sampled()
+        self._unread = self._answer_turn = None
+
+    def _read_and_choose(
+        self, unread: int | None, manner: Manner, choose: Callable[[torch.Tensor], int]
+    ) -> tuple[int, StepResult]:
+        result = StepResult(()) if unread is None else self.reader.step([unread], manner)
+        assert self.reader.logits is not None, "there is something to continue"
+        return choose(self.reader.logits), result
+
+    async def _commit_sampled(self) -> None:
+        if self._sampled:
+            if self._answer_turn is None:
+                assert self._answer_manner is not None, "an answer was begun"
+                self._answer_turn = await self.begin_turn("assistant", self._answer_manner)
+            await self.history.commit(self._answer_turn, np.array(self._sampled, np.int32))
+            self._sampled = []
+
+    async def _take_back(self, error: Exception) -> None:
+        """Without the token sampled last, which the model refused to read."""
+        if self._unread is not None:
+            if self._sampled:
+                self._sampled.pop()
+            else:
+                await self.history.rollback(self.history.position - 1, f"the model refused a step: {error}")
+        await self.acknowledge()
+
+    # -- turns and snapshots
+
+    async def begin_turn(
+        self, role: str, manner: Manner, *, source: str | None = None, metadata: dict[str, object] | None = None
+    ) -> int:
+        """Begin a turn in the journal, and return its number."""
+        return await self.history.begin_turn(
+            role=role, source=source, metadata=metadata, created_at=time.time(), retrieval=manner.retrieval,
+            span_blocks=manner.span_blocks,
+        )  # fmt: skip
+
+    def answer_in(self, manner: Manner) -> None:
+        """What is sampled from here on is an answer, in this manner."""
+        self._answer_turn, self._answer_manner = None, manner
+
+    async def snapshot(self) -> None:
+        """Offer a snapshot of this moment, unless there is one or nothing was read."""
+        if self.reader.cache is not None and self.reader.position > self._snapshot_at:
+            position = self.reader.position
+            self._updater.offer_snapshot(position, await self._model.run(self.reader.snapshot))
+            self._snapshot_at = position
+
+    def _snapshot_due(self) -> bool:
+        return self.reader.position - self._snapshot_at >= self._snapshot_every
+
+    async def _after(self, result: StepResult) -> None:
+        """Everything read so far is acknowledged: sealed blocks may go to disk."""
+        self._updater.offer(result.sealed)
+        if self._snapshot_due():
+            await self.snapshot()
+
+
+def _steps(turns: list[TurnRecord], start: int, end: int) -> Iterator[tuple[int, int, Manner]]:
+    """Steps [first, last) that cover [start, end), none across two turns."""
+    for turn in turns:
+        # the journal keeps what a turn was begun with, which was checked then
+        retrieval: RetrievalMode = turn.retrieval  # pyright: ignore[reportAssignmentType]
+        manner = Manner(retrieval, turn.span_blocks)
+        for first in range(max(turn.start, start), min(turn.end, end), STEP_TOKENS):
+            yield first, min(first + STEP_TOKENS, turn.end, end), manner
+
+
+def _raise_refused(error: Exception) -> NoReturn:
+    if isinstance(error, MemtierError):
+        raise error
+    raise ModelError(
+        f"the model failed in a step: {type(error).__name__}: {error}. The step was taken back; what was acknowledged "
+        f"before it is safe, and the session can be used."
+    ) from error

@@ -109,7 +109,7 @@ def train_nano(
         settings = replace(settings, minutes=minutes, steps=steps)
     folder, text = Path(out), load_corpus(corpus)
     torch.manual_seed(seed)
-    model = BMojoForCausalLM(config or nano_config()).to(_device(device))
+    model = _on(device, BMojoForCausalLM(config or nano_config()))
     bar: AbstractContextManager[TrainingProgress | None] = TrainingProgress() if show_progress else nullcontext()
     with bar as shown:
         on_row = shown.show if shown else None
@@ -127,7 +127,7 @@ def export_nano(
         run: folder of the run's checkpoint; only read.
         out: gets the model folder; another folder than `run` while that is being written.
     """
-    model = BMojoForCausalLM(config or nano_config()).to(_device(device))
+    model = _on(device, BMojoForCausalLM(config or nano_config()))
     state = load_weights(Path(run) / CHECKPOINT_NAME, model)
     report = TrainReport(state["step"], state["seconds"], state["tokens"], state["level"], None)
     return _finish(model, load_corpus(corpus), Path(out), NANO, state["seed"], report)
@@ -140,7 +140,8 @@ def _finish(
     model.eval()
     weights_bytes = _save_rounded(model, folder)
     write_byte_tokenizer(folder)
-    written = BMojoForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(next(model.parameters()).device)
+    written = BMojoForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    _on(str(next(model.parameters()).device), written)
     tokens = settings.sequence_tokens[-1][1]
     evaluation = evaluate(written, corpus, sequence_tokens=tokens, far_tokens=settings.far_tokens)
     done = NanoReport(
@@ -185,10 +186,14 @@ def _save_rounded(model: BMojoForCausalLM, folder: Path) -> int:
     return size
 
 
-def _device(name: str) -> torch.device:
+def _on(name: str, model: BMojoForCausalLM) -> BMojoForCausalLM:
+    """The model, moved to a device; "auto" is CUDA if present."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device is {name!r}; 'auto', 'cpu' or 'cuda' were expected.") from error
+    # PreTrainedModel wraps `to` in a way that type checkers cannot follow; the module's own is the same
+    torch.nn.Module.to(model, device)
+    return model

@@ -100,6 +100,7 @@ class LanceIndex:
         self._table = table
         self._compact_every_adds = compact_every_adds
         self._adds = 0
+        self._closed = False
         # The highest block that may be in the table: rows beyond it are new, rows up to it are looked up.
         self._last_block = -1
         self._lock = anyio.Lock()
@@ -172,14 +173,19 @@ class LanceIndex:
         return stats["fragment_stats"]["num_fragments"]
 
     async def close(self) -> None:
+        """Close; harmless when closed already."""
         async with self._lock:
+            self._closed = True
             self._table.close()
             self._database.close()
 
     @asynccontextmanager
     async def _turn(self, action: str) -> AsyncIterator[None]:
-        async with self._lock, _told(self.folder, action):
-            yield
+        async with self._lock:
+            if self._closed:
+                raise StorageError(f"cannot {action}: the index {self.folder} is closed; open it again.")
+            async with _told(self.folder, action):
+                yield
 
     @asynccontextmanager
     async def _writing(self, action: str) -> AsyncIterator[None]:

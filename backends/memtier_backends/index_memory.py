@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from memtier.errors import StorageError
 from memtier_backends.base import IndexHit, IndexRow
 from memtier_backends.index_schema import check_rows, check_vector, rows_schema, rows_table
 
@@ -32,8 +33,10 @@ class MemoryIndexAdapter:
         self._layers = tuple(layers)
         self._rows: dict[int, IndexRow] = {}
         self._words: dict[int, Counter[str]] = {}
+        self._closed = False
 
     async def add(self, rows: Sequence[IndexRow]) -> None:
+        self._check_open()
         check_rows(rows, self._layers)
         for row in rows:
             if row.block not in self._rows:
@@ -41,6 +44,7 @@ class MemoryIndexAdapter:
                 self._words[row.block] = Counter(_words(row.text))
 
     async def search_text(self, query: str, k: int) -> list[IndexHit]:
+        self._check_open()
         n = len(self._rows)
         if not n:
             return []
@@ -56,29 +60,38 @@ class MemoryIndexAdapter:
         return self._best(scores, k)
 
     async def search_landmarks(self, layer: int, vector: NDArray[np.float32], k: int) -> list[IndexHit]:
+        self._check_open()
         check_vector(layer, vector, self._layers)
         return self._best({block: float(row.landmarks[layer] @ vector) for block, row in self._rows.items()}, k)
 
     async def count(self) -> int:
+        self._check_open()
         return len(self._rows)
 
     async def rows(self, start_block: int, end_block: int) -> pa.Table:
+        self._check_open()
         chosen = [self._rows[block] for block in sorted(self._rows) if start_block <= block < end_block]
         return rows_table(chosen, rows_schema(self._layers))
 
     async def drop_from(self, block: int) -> None:
+        self._check_open()
         for past in [b for b in self._rows if b >= block]:
             del self._rows[past], self._words[past]
 
     async def compact(self) -> None:
-        """Nothing to do: a dict has no fragments."""
+        """Nothing to merge in a dict."""
+        self._check_open()
 
     async def fragments(self) -> int:
+        self._check_open()
         return 1 if self._rows else 0
 
     async def close(self) -> None:
-        self._rows.clear()
-        self._words.clear()
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StorageError("the index in memory is closed; make another.")
 
     def _best(self, scores: Mapping[int, float], k: int) -> list[IndexHit]:
         best = sorted(scores.items(), key=lambda item: (-item[1], -item[0]))[: max(k, 0)]

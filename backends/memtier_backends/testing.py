@@ -578,3 +578,11 @@ class IndexSuite:
             with pytest.raises(ConfigError, match="layer is 2"):
                 await index.search_landmarks(2, np.ones(4, np.float32), 1)
             assert await index.count() == 0
+
+    async def test_a_closed_index_says_so(self, tmp_path: Path) -> None:
+        async with self.opened(tmp_path, ["plum"]) as index:
+            await index.close()
+            with pytest.raises(StorageError, match="closed"):
+                await index.count()
+            with pytest.raises(StorageError, match="closed"):
+                await index.add(make_rows(["pear"], layers=self.layers))

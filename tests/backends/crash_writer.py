@@ -1,0 +1,71 @@
+"""A process that writes a session in the order that the runtime does, until it is killed. Run by test_crash.py.
+
+    python crash_writer.py FOLDER KILL_AT INDEX
+
+KILL_AT: die just before that write (0: never); INDEX: "index" or "no-index". Acknowledged positions go to stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import anyio
+
+from memtier_backends.base import MemoryIndex
+from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
+from memtier_backends.index_memory import MemoryIndexAdapter
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.layout import SessionPaths
+from memtier_backends.lock import SessionLock
+from memtier_backends.segments import FileSegmentStore, pack_segment
+from memtier_backends.testing import BLOCK_TOKENS, begin_turn, make_payloads, make_rows
+
+LAYERS = (6, 6)
+MAX_TOKENS = 100_000
+
+
+def token_at(position: int) -> int:
+    return position * 7919 % 100_003
+
+
+async def open_index(paths: SessionPaths, with_index: bool) -> MemoryIndex:
+    if not with_index:
+        return MemoryIndexAdapter(LAYERS)
+    # Imported only here: it takes a second, which the runs without an index need not wait for.
+    from memtier_backends.index_lance import LanceIndex
+
+    return await LanceIndex.open(paths.index, LAYERS, compact_every_adds=5)
+
+
+async def write(folder: Path, kill_at: int, with_index: bool) -> None:
+    paths = SessionPaths(folder)
+    lock = SessionLock.acquire(folder)
+    faults = Faults(kill_at=kill_at or None)
+    journal = FaultyJournal(SqliteJournal.open(paths.journal), faults)
+    store = FaultySegmentStore(FileSegmentStore(paths.segments), faults)
+    index = FaultyIndex(await open_index(paths, with_index), faults)
+    store.clean()
+    turn = begin_turn(journal)
+    while journal.position < MAX_TOKENS:
+        start = journal.position
+        journal.commit(turn, [token_at(start + n) for n in range(BLOCK_TOKENS)])
+        print(journal.position, flush=True)
+        stored = sum(manifest.blocks for manifest in journal.segments())
+        sealed = journal.position // BLOCK_TOKENS
+        data, manifest = pack_segment(make_payloads(stored, sealed - stored))
+        store.put(manifest.name, data)
+        journal.add_segment(manifest)
+        first = journal.indexed_through
+        texts = [f"text of block {block}" for block in range(first, sealed)]
+        await index.add(make_rows(texts, first_block=first, layers=LAYERS))
+        journal.set_indexed_through(sealed)
+        if sealed % 16 == 0:
+            journal.checkpoint()
+    await index.close()
+    journal.close()
+    lock.release()
+
+
+if __name__ == "__main__":
+    anyio.run(write, Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "index")

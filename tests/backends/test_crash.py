@@ -1,0 +1,98 @@
+"""A process killed at any moment loses no token that it acknowledged, and leaves a session that opens and goes on."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memtier_backends.index_lance import LanceIndex
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.layout import SessionPaths
+from memtier_backends.lock import SessionLock
+from memtier_backends.segments import FileSegmentStore, read_kv, verify_segment
+from memtier_backends.testing import BLOCK_TOKENS, make_payloads
+
+WRITER = Path(__file__).with_name("crash_writer.py")
+LAYERS = (6, 6)
+
+
+def run_until_killed(folder: Path, *, kill_at: int = 0, kill_after_lines: int = 0, index: str = "no-index") -> int:
+    """The last position that the process acknowledged before it died (0: none)."""
+    with subprocess.Popen(
+        [sys.executable, str(WRITER), str(folder), str(kill_at), index], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout is not None
+        lines = []
+        for line in writer.stdout:
+            lines.append(line)
+            if len(lines) == kill_after_lines:
+                writer.kill()
+        assert writer.wait() == -signal.SIGKILL
+    return int(lines[-1]) if lines and lines[-1].endswith("\n") else 0
+
+
+def check_session(folder: Path, acknowledged: int) -> int:
+    """Everything the journal says is true; returns its position."""
+    paths = SessionPaths(folder)
+    with SessionLock.acquire(folder):
+        journal = SqliteJournal.open(paths.journal)
+        journal.verify()
+        position = journal.position
+        assert acknowledged <= position <= acknowledged + BLOCK_TOKENS
+        assert journal.tokens(0, position).tolist() == [n * 7919 % 100_003 for n in range(position)]
+        store = FileSegmentStore(paths.segments)
+        store.clean()
+        manifests = journal.segments()
+        for manifest in manifests:
+            verify_segment(store, manifest)
+            (payload, *_) = make_payloads(manifest.first_block, manifest.blocks)
+            assert read_kv(store, manifest, 1, manifest.first_block) == payload.kv[1]
+        assert journal.indexed_through <= sum(manifest.blocks for manifest in manifests)
+        journal.close()
+    return position
+
+
+def test_a_kill_before_any_write_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    position = 0
+    # The first seven writes are clean, begin_turn, commit, put, add_segment, add, set_indexed_through; then again.
+    for kill_at in range(1, 10):
+        acknowledged = run_until_killed(tmp_path, kill_at=kill_at)
+        position = check_session(tmp_path, max(position, acknowledged))
+    assert position >= 5 * BLOCK_TOKENS
+
+
+def test_a_kill_at_any_time_loses_nothing_acknowledged(tmp_path: Path) -> None:
+    position = 0
+    for kill_after_lines in (1, 40, 7, 90, 23):
+        acknowledged = run_until_killed(tmp_path, kill_after_lines=kill_after_lines)
+        # It may have gone on for a while before the signal reached it; what it printed then was read too.
+        assert acknowledged >= position + kill_after_lines * BLOCK_TOKENS
+        position = check_session(tmp_path, acknowledged)
+
+
+@pytest.mark.anyio
+async def test_a_kill_loses_no_row_that_the_journal_says_is_indexed(tmp_path: Path) -> None:
+    position = 0
+    for kill in ({"kill_at": 20}, {"kill_after_lines": 30}, {"kill_after_lines": 9}):
+        acknowledged = run_until_killed(tmp_path, **kill, index="index")
+        position = check_session(tmp_path, max(position, acknowledged))
+        journal = SqliteJournal.open(SessionPaths(tmp_path).journal)
+        indexed = journal.indexed_through
+        journal.close()
+        index = await LanceIndex.open(SessionPaths(tmp_path).index, LAYERS)
+        blocks = (await index.rows(0, 10**6))["block"].to_pylist()
+        assert blocks[:indexed] == list(range(indexed))
+        assert len(blocks) == len(set(blocks)) <= position // BLOCK_TOKENS
+        await index.close()
+
+
+def test_storage_needs_no_torch() -> None:
+    code = "import sys, memtier_backends.index_lance, memtier_backends.faults; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

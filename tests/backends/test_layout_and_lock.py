@@ -1,0 +1,152 @@
+"""Folders of sessions hold any id apart; a session has one owner, and none once that is dead."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memtier.errors import ConfigError, SessionBusyError
+from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
+from memtier_backends.lock import SessionLock
+
+ODD_IDS = ["a", "A", "../..", "/etc/passwd", "a/b", "a\\b", "\0", " ", "a ", "é", "e\u0301", "\ud800", "x" * 5000, "."]
+
+
+def test_odd_ids_have_folders_of_their_own_inside_the_store(tmp_path: Path) -> None:
+    folders = {session_folder(tmp_path, tenant, session) for tenant in ODD_IDS for session in ODD_IDS}
+    assert len(folders) == len(ODD_IDS) ** 2
+    for folder in folders:
+        assert folder.parent.parent == tmp_path
+        assert re.fullmatch("[0-9a-f]{32}", folder.name)
+
+
+def test_a_tenants_folder_is_not_a_sessions_name(tmp_path: Path) -> None:
+    folder = session_folder(tmp_path, "alice", "alice")
+    assert folder.name != folder.parent.name
+
+
+def test_the_folder_of_an_id_never_changes() -> None:
+    # Written down: a changed hash would lose every session there is.
+    assert session_folder("/store", "default", "alice") == Path(
+        "/store/fd12106cb12e5f5e64c1818b14cd7a97/764ab634ba8cb62aed345f09fb4a9153"
+    )
+
+
+@pytest.mark.parametrize("wrong", ["", None, 3])
+def test_an_empty_id_is_refused(tmp_path: Path, wrong: str) -> None:
+    with pytest.raises(ConfigError, match="tenant id"):
+        session_folder(tmp_path, wrong, "a")
+    with pytest.raises(ConfigError, match="session id"):
+        session_folder(tmp_path, "a", wrong)
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/memory", "db://cloud", "file:///tmp/x", "", "a\0b"])
+def test_a_store_that_is_no_folder_is_refused(store: str) -> None:
+    with pytest.raises(ConfigError, match="folder"):
+        check_store(store)
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="is a file"):
+        check_store(tmp_path / "file")
+
+
+def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ConfigError, match="Linux or macOS"):
+        check_store("memory")
+
+
+def test_a_store_is_absolute() -> None:
+    assert check_store("memory") == Path.cwd() / "memory"
+
+
+def test_sessions_of_a_tenant_are_listed_and_removed(tmp_path: Path) -> None:
+    assert session_folders(tmp_path, "t") == []
+    folders = [session_folder(tmp_path, "t", name) for name in ("a", "b", "c")]
+    for folder in folders:
+        SessionPaths(folder).segments.mkdir(parents=True)
+        SessionPaths(folder).journal.write_bytes(b"x")
+    SessionPaths(session_folder(tmp_path, "other", "a")).segments.mkdir(parents=True)
+    assert session_folders(tmp_path, "t") == sorted(folders)
+    remove_session(folders[0])
+    assert session_folders(tmp_path, "t") == sorted(folders[1:])
+    assert len(session_folders(tmp_path, "other")) == 1
+
+
+def test_a_removal_that_was_cut_off_is_finished_by_the_next(tmp_path: Path) -> None:
+    gone, other = session_folder(tmp_path, "t", "gone"), session_folder(tmp_path, "t", "other")
+    other.mkdir(parents=True)
+    half = gone.with_name(".removed-0")
+    half.mkdir()
+    (half / "journal.sqlite3").write_bytes(b"x")
+    assert session_folders(tmp_path, "t") == [other]
+    remove_session(gone)
+    assert list(other.parent.iterdir()) == [other]
+
+
+def test_a_second_owner_in_this_process_is_refused_by_name(tmp_path: Path) -> None:
+    with SessionLock.acquire(tmp_path / "session") as lock:
+        assert lock.held
+        with pytest.raises(SessionBusyError, match=rf"process {os.getpid()} \(this one\) on host"):
+            SessionLock.acquire(tmp_path / "session")
+    assert not lock.held
+    with SessionLock.acquire(tmp_path / "session"):
+        pass
+
+
+def test_releasing_twice_is_harmless(tmp_path: Path) -> None:
+    first = SessionLock.acquire(tmp_path)
+    first.release()
+    second = SessionLock.acquire(tmp_path)
+    first.release()
+    with pytest.raises(SessionBusyError):
+        SessionLock.acquire(tmp_path)
+    second.release()
+
+
+def test_a_lock_whose_owner_has_not_said_its_name_is_busy_all_the_same(tmp_path: Path) -> None:
+    with SessionLock.acquire(tmp_path):
+        (tmp_path / "lock").write_bytes(b"")
+        with pytest.raises(SessionBusyError, match="another process"):
+            SessionLock.acquire(tmp_path)
+
+
+def test_the_lock_of_a_removed_session_does_not_hold_up_a_new_one(tmp_path: Path) -> None:
+    folder = tmp_path / "tenant" / "session"
+    old = SessionLock.acquire(folder)
+    remove_session(folder)
+    with SessionLock.acquire(folder):
+        old.release()
+        with pytest.raises(SessionBusyError):
+            SessionLock.acquire(folder)
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from memtier_backends.lock import SessionLock
+lock = SessionLock.acquire(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_is_named_and_its_lock_is_free_once_it_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "held\n"
+        with pytest.raises(SessionBusyError, match=rf"process {owner.pid} on host"):
+            SessionLock.acquire(tmp_path)
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+    with SessionLock.acquire(tmp_path):
+        pass

@@ -40,6 +40,9 @@ from memtier_backends.index_schema import (
 __all__ = ["LanceIndex"]
 
 _TABLE = "blocks"
+# What a panic of Lance's Rust code becomes, in a call and in a future; classes that no module exports. Damaged bytes
+# cause them, and the library works on afterwards.
+_PANICS = {"PanicException", "RustPanic"}
 # A version is dropped once it is this old. LanceDB warns of zero, for the sake of other writers: there are none.
 _VERSION_AGE = timedelta(milliseconds=1)
 
@@ -251,8 +254,7 @@ async def _told(folder: Path, action: str) -> AsyncIterator[None]:
     except (RuntimeError, OSError, ValueError, pa.ArrowException) as error:
         raise _storage_error(folder, action, error) from error
     except BaseException as error:
-        # pyo3's PanicException is a BaseException that no module exports.
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ not in _PANICS:
             raise
         raise _storage_error(folder, action, error) from error
 

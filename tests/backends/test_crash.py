@@ -65,7 +65,7 @@ def test_a_kill_before_any_write_loses_nothing_acknowledged(tmp_path: Path) -> N
 
 def test_a_kill_at_any_time_loses_nothing_acknowledged(tmp_path: Path) -> None:
     position = 0
-    for kill_after_lines in (1, 40, 7, 90, 23):
+    for kill_after_lines in (1, 40, 7):
         acknowledged = run_until_killed(tmp_path, kill_after_lines=kill_after_lines)
         # It may have gone on for a while before the signal reached it; what it printed then was read too.
         assert acknowledged >= position + kill_after_lines * BLOCK_TOKENS
@@ -75,7 +75,7 @@ def test_a_kill_at_any_time_loses_nothing_acknowledged(tmp_path: Path) -> None:
 @pytest.mark.anyio
 async def test_a_kill_loses_no_row_that_the_journal_says_is_indexed(tmp_path: Path) -> None:
     position = 0
-    for kill in ({"kill_at": 20}, {"kill_after_lines": 30}, {"kill_after_lines": 9}):
+    for kill in ({"kill_at": 20}, {"kill_after_lines": 12}):
         acknowledged = run_until_killed(tmp_path, **kill, index="index")
         position = check_session(tmp_path, max(position, acknowledged))
         journal = SqliteJournal.open(SessionPaths(tmp_path).journal)

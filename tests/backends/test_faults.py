@@ -42,7 +42,7 @@ async def test_writes_are_counted_and_calls_logged_in_one_order(tmp_path: Path) 
 async def test_a_write_fails_n_times_and_then_recovers() -> None:
     index = FaultyIndex(MemoryIndexAdapter((4,)), Faults(fail_times=2))
     for _ in range(2):
-        with pytest.raises(StorageError, match="index.add was made to fail"):
+        with pytest.raises(StorageError, match=r"index\.add was made to fail"):
             await index.add(make_rows(["plum"]))
         assert await index.count() == 0
     await index.add(make_rows(["plum"]))

@@ -126,4 +126,4 @@ class JournalMachine(RuleBasedStateMachine):
 
 
 TestJournalModel = JournalMachine.TestCase
-TestJournalModel.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestJournalModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memtier.errors import StorageError as StorageError
     from memtier.errors import StorageFullError as StorageFullError
     from memtier.generation import Generation as Generation
+    from memtier.listing import list_sessions as list_sessions
     from memtier.reports import BlockContent as BlockContent
     from memtier.reports import MemoryReport as MemoryReport
     from memtier.reports import ObserveReport as ObserveReport
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from memtier.reports import SessionInfo as SessionInfo
     from memtier.reports import SessionStats as SessionStats
     from memtier.runtime import Runtime as Runtime
-    from memtier.runtime import list_sessions as list_sessions
     from memtier.runtime import open as open
     from memtier.session import Session as Session
     from memtier.sync import SyncGeneration as SyncGeneration
@@ -69,7 +69,8 @@ _HOMES = {
         "SessionInfo",
         "SessionStats",
     ),
-    "memtier.runtime": ("Runtime", "list_sessions", "open"),
+    "memtier.listing": ("list_sessions",),
+    "memtier.runtime": ("Runtime", "open"),
     "memtier.session": ("Session",),
     "memtier.sync": ("SyncGeneration", "SyncRuntime", "SyncSession", "open_sync"),
 }

@@ -65,8 +65,8 @@ class Feed:
             raise ConfigError("the input is empty; give text or token ids of at least one token.")
         if self._whole.tokens.size > self._max_tokens:
             raise ConfigError(
-                f"the input has {self._whole.tokens.size} tokens, and max_turn_tokens is {self._max_tokens}. Nothing was "
-                f"written. Split it into several calls, or open with a larger MemoryConfig(max_turn_tokens=...)."
+                f"the input has {self._whole.tokens.size} tokens, and max_turn_tokens is {self._max_tokens}. Nothing "
+                f"was written. Split it into several calls, or open with a larger MemoryConfig(max_turn_tokens=...)."
             )
 
     async def steps(self, *, at_start: bool) -> AsyncGenerator[Step]:

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from memtier.blocks import MemorySettings
+from memtier.config import FINGERPRINTED
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError
+from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import Journal, MemoryIndex, SegmentStore
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
 from memtier_backends.lock import SessionLock
 from memtier_backends.segments import FileSegmentStore
-
-from memtier.blocks import MemorySettings
-from memtier.config import FINGERPRINTED
-from memtier.errors import CorruptMemoryError, IncompatibleMemoryError
-from memtier.tiers.weights import WeightsTier
 
 __all__ = ["Backends", "SessionFolder"]
 
@@ -47,7 +46,7 @@ class Backends:
 
 
 class SessionFolder:
-    """What a session owns on disk. Opened, used and closed on the journal thread, but for the stores, which are safe anywhere.
+    """What a session owns on disk. It belongs to the journal thread, but for the stores, which are safe anywhere.
 
     Opening drops unfinished files, files that no record names, and records of what lies past the journal's end.
     """
@@ -118,8 +117,8 @@ def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTie
     if meta is None:
         if journal.position:
             raise CorruptMemoryError(
-                f"the journal of session {identity['id']!r} holds {journal.position} tokens, and does not say which model "
-                f"wrote them. Restore the folder from a backup, or delete the session."
+                f"the journal of session {identity['id']!r} holds {journal.position} tokens, and does not say which "
+                f"model wrote them. Restore the folder from a backup, or delete the session."
             )
         named = {**weights.fingerprint, "name": weights.name}
         journal.set_meta(META, {**identity, "created_at": time.time(), "model": named, "memory": sizes})

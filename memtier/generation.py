@@ -60,8 +60,8 @@ class Sampler:
         if self._greedy:
             return int(logits.argmax())
         # the warpers look at scores alone; the ids that other processors would want are not needed
-        none_before = torch.empty((1, 0), dtype=torch.int64)
-        scores = cast(torch.Tensor, self._warpers(none_before, logits[None]))
+        none_before = cast(torch.LongTensor, torch.empty((1, 0), dtype=torch.int64))
+        scores = cast(torch.Tensor, self._warpers(none_before, cast(torch.FloatTensor, logits[None])))
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._random))
 
 

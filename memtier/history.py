@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from memtier_backends.base import Journal, TurnRecord
 from numpy.typing import NDArray
 
 from memtier.threads import WorkerThread
 from memtier.tiers.retry import retry
+from memtier_backends.base import Journal, TurnRecord
 
 __all__ = ["History"]
 

@@ -1,4 +1,4 @@
-"""The device side of a session: a cache, the last logits, and one step at a time. Everything runs on the model thread."""
+"""The device side of a session: a cache, the last logits, one step at a time. All of it runs on the model thread."""
 
 from __future__ import annotations
 

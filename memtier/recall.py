@@ -1,7 +1,8 @@
 """Finding passages by words: the index for what is sealed, the journal for the newest tokens, one ranking for both.
 
-BM25 scores of two collections do not compare, so the index proposes candidates, and these and the passages of the newest
-tokens are ranked together as one small collection. A hit's text is decoded from the journal, never taken from a table.
+BM25 scores of two collections do not compare, so the index proposes candidates, and these and the passages of the
+newest tokens are ranked together as one small collection. A hit's text is decoded from the journal, never taken from a
+table.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
-from memtier_backends.base import IndexRow, MemoryIndex, TurnRecord
-from memtier_backends.index_memory import MemoryIndexAdapter
 from numpy.typing import NDArray
 
 from memtier.blocks import MemoryHit
 from memtier.errors import ConfigError
 from memtier.text import TextCodec, check_text
 from memtier.timeline import Timeline
+from memtier_backends.base import IndexRow, MemoryIndex, TurnRecord
+from memtier_backends.index_memory import MemoryIndexAdapter
 
 __all__ = ["find", "turn_at"]
 

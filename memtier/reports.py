@@ -168,7 +168,7 @@ class RuntimeStats(_Report):
 
 
 class SessionInfo(_Report):
-    """One session of a store, as its journal tells without a model; `open` if the runtime that was asked has it open."""
+    """One session of a store, as its journal tells without a model; `open` in the runtime that was asked."""
 
     id: str
     tenant: str

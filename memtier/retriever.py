@@ -5,10 +5,10 @@
     random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
     off      none
 
-Every landmark of a session is scored, exactly, at every boundary; those beyond the host's budget are read back from their
-segments and scored in pieces. An index of candidates is not asked: the query of a boundary exists only inside the forward
-pass, so candidates fetched before it would depend on where calls were split. So no choice depends on an index, a cache, the
-split of calls, or what is on disk.
+Every landmark of a session is scored, exactly, at every boundary; those beyond the host's budget are read back from
+their segments and scored in pieces. An index of candidates is not asked: the query of a boundary exists only inside
+the forward pass, so candidates fetched before it would depend on where calls were split. So no choice depends on an
+index, a cache, the split of calls, or what is on disk.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from memtier_kernels import select_blocks
 
 from memtier.blocks import RetrievalMode
 from memtier.tiers.storage import StorageTier
+from memtier_kernels import select_blocks
 
 __all__ = ["OverlaySelector", "StorageSelector"]
 
@@ -135,7 +135,7 @@ def _recent(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _random(layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest hashes a boundary; they depend on layer, boundary and block alone, so nothing else moves the choice."""
+    """The k largest hashes a boundary; of layer, boundary and block alone, so nothing else moves it."""
     blocks = np.arange(int(visible.max()), dtype=np.uint64)
     rows = []
     for boundary, seen in zip(boundaries.tolist(), visible.tolist(), strict=True):
@@ -162,7 +162,7 @@ def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
 def _better(
     one: tuple[torch.Tensor, torch.Tensor], two: tuple[torch.Tensor, torch.Tensor], k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of two choices (1, R, k), the blocks of the second newer than those of the first; ties to the newer."""
+    """The k best of two choices (1, R, k), the second of newer blocks than the first; ties to the newer."""
     # newest first, so that a stable sort by score puts the newer of two equals first
     ids = torch.cat([two[0].flip(-1), one[0].flip(-1)], -1)
     scores = torch.cat([two[1].flip(-1), one[1].flip(-1)], -1)

@@ -1,14 +1,13 @@
 """A store, opened with a model: the threads, the updater tasks, and the sessions.
 
-Three threads serve all sessions: the model's owns every tensor, the journals' owns SQLite, and one packs and writes files.
+Three threads serve all sessions: the model's owns every tensor, the journals' owns SQLite, and one packs and writes
+files.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-
-
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +16,11 @@ from typing import Any
 import anyio
 import torch
 
-from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
-from memtier_backends.lock import SessionLock
-
-from memtier.blocks import MemorySettings
 from memtier.config import MemoryConfig, resolve_settings
-from memtier.errors import ConfigError, MemtierError, SessionError, SessionNotFoundError
-from memtier.folder import META, Backends, SessionFolder
+from memtier.errors import ConfigError, MemtierError, SessionError
+from memtier.folder import Backends, SessionFolder
 from memtier.history import History
+from memtier.listing import describe_all, remove
 from memtier.reader import Manner, Reader
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
@@ -36,8 +31,9 @@ from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
 from memtier.timeline import Timeline
 from memtier.updater import Updater
+from memtier_backends.layout import check_store, session_folder
 
-__all__ = ["Runtime", "list_sessions", "open"]
+__all__ = ["Runtime", "open"]
 
 log = logging.getLogger("memtier")
 
@@ -110,8 +106,8 @@ class Runtime:
         here = anyio.get_current_task().id
         if here != self._task:
             raise SessionError(
-                f"this runtime was opened in task {self._task} and is being closed in task {here}. Close it where it was "
-                f"opened: keep the whole 'async with memtier.open(...)' in one task."
+                f"this runtime was opened in task {self._task} and is being closed in task {here}. Close it where it "
+                f"was opened: keep the whole 'async with memtier.open(...)' in one task."
             )
         self._closed = True
         # what waits is in the journal already: a cancelled program need not wait for it to be written out
@@ -171,7 +167,7 @@ class Runtime:
         """Every session of this tenant in the store, open or not."""
         self._check_open()
         open_ids = frozenset(self._sessions)
-        return await self._journal_thread.run(_list, self._store, self._tenant, open_ids)
+        return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
 
     async def delete_session(self, session_id: str) -> None:
         """Close a session if it is open, and remove all that is on disk of it.
@@ -187,7 +183,7 @@ class Runtime:
             if session is not None:
                 await session.close_within(write=False)
             with anyio.CancelScope(shield=True):
-                await self._journal_thread.run(_remove, folder, session_id)
+                await self._journal_thread.run(remove, folder, session_id)
 
     async def delete_tenant(self) -> None:
         """Not in this version. Raises SessionError."""
@@ -221,7 +217,7 @@ class Runtime:
                     identity=identity,
                     weights=self._weights,
                     settings=self._settings,
-                )  # fmt: skip
+                )
             ),
             f"opening session {session_id!r}",
         )
@@ -242,8 +238,8 @@ class Runtime:
         await self._io_thread.run(storage.load, manifests)
         history = History(opened.journal, self._journal_thread, position)
         updater = Updater(
-            session_id, opened, history, storage, self._weights.codec, self._io_thread, inbox_blocks=config.inbox_blocks,
-            indexed=indexed,
+            session_id, opened, history, storage, self._weights.codec, self._io_thread,
+            inbox_blocks=config.inbox_blocks, indexed=indexed,
         )  # fmt: skip
         reader = Reader(self._weights, settings, storage)
         timeline = Timeline(
@@ -260,9 +256,9 @@ class Runtime:
                 await updater.close()
             raise
         return Session(
-            session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline, storage,
-            updater, model=self._model_thread, io=self._io_thread, journal=self._journal_thread, updater_done=done,
-            on_close=self._forget_object,
+            session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline,
+            storage, updater, model=self._model_thread, io=self._io_thread, journal=self._journal_thread,
+            updater_done=done, on_close=self._forget_object,
         )  # fmt: skip
 
     def _forget_object(self, session: Session) -> None:
@@ -286,56 +282,6 @@ class Runtime:
                 f"this runtime was opened by process {self._pid}, and this is process {os.getpid()}: threads do not "
                 f"survive a fork. Open the store in the child, or start it with 'spawn'."
             )
-
-
-def list_sessions(store: str | Path, tenant: str = "default") -> list[SessionInfo]:
-    """Every session of a tenant, read from the journals: no model, no lock, nothing written.
-
-    Raises:
-        ConfigError: a store that is no local folder.
-        StorageError: a journal cannot be read.
-    """
-    return _list(check_store(store), tenant, frozenset())
-
-
-def _list(store: Path, tenant: str, open_ids: frozenset[str]) -> list[SessionInfo]:
-    listed = (_describe(folder, tenant, open_ids) for folder in session_folders(store, tenant))
-    return sorted((info for info in listed if info is not None), key=lambda info: info.id)
-
-
-def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInfo | None:
-    paths = SessionPaths(folder)
-    if not paths.journal.exists():
-        return None  # a session that died before it began
-    journal = SqliteJournal.open(paths.journal, read_only=True)
-    try:
-        meta = journal.get_meta(META)
-        if meta is None:
-            return None
-        turns, segments = journal.turns(), journal.segments()
-        return SessionInfo(
-            id=meta["id"],
-            tenant=tenant,
-            position=journal.position,
-            turns=len(turns),
-            blocks=segments[-1].end_block if segments else 0,
-            bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-            created_at=meta["created_at"],
-            updated_at=max((turn.created_at for turn in turns), default=None),
-            model=meta["model"]["name"],
-            open=meta["id"] in open_ids,
-        )
-    finally:
-        journal.close()
-
-
-def _remove(folder: Path, session_id: str) -> None:
-    if not SessionPaths(folder).journal.exists():
-        raise SessionNotFoundError(
-            f"there is no session {session_id!r} in {folder.parent}. Runtime.sessions() lists those there are."
-        )
-    with SessionLock.acquire(folder):
-        remove_session(folder)
 
 
 def _read_marks(opened: SessionFolder) -> tuple:

@@ -1,7 +1,7 @@
 """A session: one line of tokens that a model remembers, and what a program may ask of it.
 
-Calls on one session take turns; a new one ends a generation that was left unfinished. Looking (`inspect`, `blocks`, `block`,
-`state`, `stats`) waits for no call.
+Calls on one session take turns; a new one ends a generation that was left unfinished. Looking (`inspect`, `blocks`,
+`block`, `state`, `stats`) waits for no call.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class Session:
         """Read, and remember.
 
         Args:
-            x: text, UTF-8 bytes, token ids, or an (async) iterator of these. A plain iterator is advanced on the event loop.
-            role, source, metadata: come back with every hit; metadata must be JSON.
+            x: text, UTF-8 bytes, token ids, or an (async) iterator of these. A plain iterator is advanced on the event
+            loop. role, source, metadata: come back with every hit; metadata must be JSON.
             logits: return the outputs after each token, (tokens, vocabulary).
             on_progress: called after each step with the tokens read and the total, None if that is not known.
 
@@ -133,8 +133,8 @@ class Session:
             )
 
     def generate(
-        self, prompt: Any = None, *, max_new_tokens: int = 256, stop: str | Sequence[str] = (), temperature: float = 0.0,
-        top_p: float = 1.0, top_k: int = 0, seed: int | None = None, remember: bool = True,
+        self, prompt: Any = None, *, max_new_tokens: int = 256, stop: str | Sequence[str] = (),
+        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None, remember: bool = True,
         retrieval: RetrievalMode | None = None,
     ) -> Generation:  # fmt: skip
         """Answer. The prompt is read and the answer sampled as the returned iterator is advanced.
@@ -296,7 +296,7 @@ class Session:
 
     @asynccontextmanager
     async def exclusive(self, line: Line | None, *, changes: bool = True) -> AsyncGenerator[None]:
-        """The session's lock, any other line ended, failures of the past raised; level with the journal if it `changes`."""
+        """The lock, with other lines ended and old failures raised; level with the journal if it `changes`."""
         self._check_open()
         async with self.lock:
             self._check_open()
@@ -337,8 +337,8 @@ class Session:
             raise SessionError(f"session {self._id!r} is closed. Ask the runtime for it again.")
         if os.getpid() != self._pid:
             raise SessionError(
-                f"session {self._id!r} was opened by process {self._pid}, and this is process {os.getpid()}: threads and "
-                f"locks do not survive a fork. Open the store in the child, or start it with 'spawn'."
+                f"session {self._id!r} was opened by process {self._pid}, and this is process {os.getpid()}: threads "
+                f"and locks do not survive a fork. Open the store in the child, or start it with 'spawn'."
             )
 
     def _stacked(self, kept: list[torch.Tensor]) -> torch.Tensor:

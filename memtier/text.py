@@ -21,7 +21,7 @@ MAX_HELD_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that came together; `text` is their original text, None for token ids; `text_bytes` its length in UTF-8."""
+    """Tokens that came together; `text` is the original, None for ids; `text_bytes` its length in UTF-8."""
 
     tokens: NDArray[np.int32]
     text: str | None
@@ -38,8 +38,8 @@ def check_text(text: str, what: str = "text") -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{what} holds a lone surrogate {text[error.start]!r} at character {error.start}, which UTF-8 cannot write. "
-            f"Decode the input with errors='replace', or drop that character."
+            f"{what} holds a lone surrogate {text[error.start]!r} at character {error.start}, which UTF-8 cannot "
+            f"write. Decode the input with errors='replace', or drop that character."
         ) from error
     return text
 
@@ -99,7 +99,7 @@ class TextCodec:
                 f"token ids must be one row of integers, got shape {array.shape} and dtype {array.dtype}. "
                 f"Flatten them and cast to int64."
             )
-        if array.size and not (0 <= int(array.min()) and int(array.max()) < self.vocab_size):
+        if array.size and not (int(array.min()) >= 0 and int(array.max()) < self.vocab_size):
             at = int(np.flatnonzero((array < 0) | (array >= self.vocab_size))[0])
             raise ConfigError(
                 f"token id {int(array[at])} at index {at} is outside [0, {self.vocab_size}), the model's vocabulary. "
@@ -178,8 +178,8 @@ def _short(value: Any) -> str:
 class IncrementalText:
     """Text of a growing row of ids, handed out in whole characters.
 
-    Decoding only the last few ids would lose spaces between words, so each piece is the difference of two decodings that
-    begin at the same id.
+    Decoding only the last few ids would lose spaces between words, so each piece is the difference of two decodings
+    that begin at the same id.
     """
 
     def __init__(self, codec: TextCodec) -> None:

@@ -1,14 +1,14 @@
 """One thread, one queue: where tensors and files are touched.
 
-A model's tensors belong to one thread (inference mode does not cross threads, and a pool would run them on several), and
-so do the journals. The event loop hands over a function and waits; jobs run first come, first served.
+A model's tensors belong to one thread (inference mode does not cross threads, and a pool would run them on several),
+and so do the journals. The event loop hands over a function and waits; jobs run first come, first served.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar, cast
 
@@ -17,9 +17,17 @@ from anyio.lowlevel import current_token
 
 from memtier.errors import SessionError
 
-__all__ = ["WorkerThread"]
+__all__ = ["WorkerThread", "shielded"]
 
 R = TypeVar("R")
+
+
+async def shielded(call: Awaitable[R]) -> R:
+    """What `await call` returns. Cancellation waits until it is done, and acts at the caller's next checkpoint."""
+    returned: list[R] = []
+    with anyio.CancelScope(shield=True):
+        returned.append(await call)
+    return returned[0]
 
 
 class _Loop(Protocol):

@@ -1,8 +1,8 @@
-"""One line of tokens, in two places that must agree: the journal, which is the truth, and the reader, which is its cache.
+"""One line of tokens in two places that must agree: the journal, which is the truth, and the reader, its cache.
 
-`catch_up` makes the reader what the journal says: it serves open, recovery, a failed step and a cancelled call. `read` and
-`sample` move both on. The caller holds the session's lock. A commit and its step are shielded from cancellation, which acts
-between steps.
+`catch_up` makes the reader what the journal says: it serves open, recovery, a failed step and a cancelled call. `read`
+and `sample` move both on. The caller holds the session's lock. A commit and its step are shielded from cancellation,
+which acts between steps.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
-from typing import NoReturn
 
-import anyio
 import numpy as np
 import torch
-from memtier_backends.base import SegmentStore, SnapshotRecord, TurnRecord
 from numpy.typing import NDArray
 
 from memtier.blocks import RetrievalMode
 from memtier.errors import IncompatibleMemoryError, MemtierError, ModelError, StorageError
 from memtier.history import History
 from memtier.reader import STEP_TOKENS, Manner, Reader, StepResult
-from memtier.threads import WorkerThread
+from memtier.threads import WorkerThread, shielded
 from memtier.updater import Updater
+from memtier_backends.base import SegmentStore, SnapshotRecord, TurnRecord
 
 __all__ = ["Timeline"]
 
@@ -104,11 +102,15 @@ class Timeline:
             for first, last, manner in _steps(await self.history.turns(start, end), start, end):
                 await self._updater.ready()
                 here = [mark for mark in marks if first <= mark < last]
-                with anyio.CancelScope(shield=True):
-                    step = partial(reader.step, tokens[first - start : last - start], manner, marks=here)
-                    result = await self._model.run(step)
-                    if after is not None:
-                        await after(result)
+                step = partial(reader.step, tokens[first - start : last - start], manner, marks=here)
+                await shielded(self._replay_step(step, after))
+
+    async def _replay_step(
+        self, step: Callable[[], StepResult], after: Callable[[StepResult], Awaitable[None]] | None
+    ) -> None:
+        result = await self._model.run(step)
+        if after is not None:
+            await after(result)
 
     async def _restore(self) -> None:
         """Begin from the newest snapshot that can be read, else from nothing."""
@@ -142,8 +144,8 @@ class Timeline:
             ModelError: the model refused them; they were taken back by a record.
             StorageError: they were not acknowledged, or memory cannot be read or written.
         """
-        await self._updater.ready()
-        with anyio.CancelScope(shield=True):
+
+        async def commit_and_step() -> StepResult:
             before = self.history.position
             await self.history.commit(turn, tokens, text=text, mark=mark)
             marks = [self.history.position - 1] if mark else []
@@ -154,9 +156,12 @@ class Timeline:
                 raise  # no fault of these tokens: they are acknowledged, and read again by the next call
             except Exception as error:
                 await self.history.rollback(before, f"the model refused a step: {error}")
-                _raise_refused(error)
+                raise _refused(error) from error
             await self._after(result)
-        return result
+            return result
+
+        await self._updater.ready()
+        return await shielded(commit_and_step())
 
     async def sample(self, manner: Manner, choose: Callable[[torch.Tensor], int], *, acknowledge: bool) -> int:
         """Read the token sampled last, and sample the next.
@@ -170,8 +175,8 @@ class Timeline:
             ModelError: the model refused the token sampled last; it was taken back.
             StorageError: memory cannot be read or written.
         """
-        await self._updater.ready()
-        with anyio.CancelScope(shield=True):
+
+        async def step_and_commit() -> int:
             try:
                 token, result = await self._model.run(self._read_and_choose, self._unread, manner, choose)
             except StorageError:
@@ -179,13 +184,16 @@ class Timeline:
                 raise
             except Exception as error:
                 await self._take_back(error)
-                _raise_refused(error)
+                raise _refused(error) from error
             self._unread = token
             self._sampled.append(token)
             if acknowledge or result.sealed or self._snapshot_due():
                 await self._commit_sampled()
             await self._after(result)
-        return token
+            return token
+
+        await self._updater.ready()
+        return await shielded(step_and_commit())
 
     async def acknowledge(self) -> None:
         """Commit what was sampled: the answer ends here."""
@@ -258,10 +266,9 @@ def _steps(turns: list[TurnRecord], start: int, end: int) -> Iterator[tuple[int,
             yield first, min(first + STEP_TOKENS, turn.end, end), manner
 
 
-def _raise_refused(error: Exception) -> NoReturn:
-    if isinstance(error, MemtierError):
-        raise error
-    raise ModelError(
-        f"the model failed in a step: {type(error).__name__}: {error}. The step was taken back; what was acknowledged "
-        f"before it is safe, and the session can be used."
-    ) from error
+def _refused(error: Exception) -> MemtierError:
+    """What the caller is told; the cause is named, and the kind of error kept where it is one of ours."""
+    kind = type(error) if isinstance(error, MemtierError) else ModelError
+    return kind(
+        f"{error} The step was taken back: what was acknowledged before it is safe, and the session can be used."
+    )

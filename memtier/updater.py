@@ -1,11 +1,11 @@
 """The write side of a session: sealed blocks become a segment, a manifest, index rows, a mark; then snapshots.
 
-The order is what a crash relies on: a segment is named by the journal only once it is safe, the index is filled only from
-what is in segments, and a snapshot is kept only once every block sealed before it is.
+The order is what a crash relies on: a segment is named by the journal only once it is safe, the index is filled only
+from what is in segments, and a snapshot is kept only once every block sealed before it is.
 
-Blocks wait in the storage tier's memory and are counted here. A step is let in while fewer than `inbox_blocks` wait, so at
-most that many, and one step's more, ever do. A failure that outlasts a few tries is kept, raised by the session's next call,
-and then tried again.
+Blocks wait in the storage tier's memory and are counted here. A step is let in while fewer than `inbox_blocks` wait, so
+at most that many, and one step's more, ever do. A failure that outlasts a few tries is kept, raised by the session's
+next call, and then tried again.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Any
 
 import anyio
 import numpy as np
-from memtier_backends.base import IndexRow, MemoryIndex, SegmentManifest, SnapshotRecord
-from memtier_backends.segments import content_hash, pack_segment, read_innovation, read_landmarks
 
 from memtier.errors import MemtierError, StorageError
 from memtier.folder import SessionFolder
@@ -27,6 +25,8 @@ from memtier.text import TextCodec
 from memtier.threads import WorkerThread
 from memtier.tiers.retry import RETRY_AFTER_SECONDS, is_transient
 from memtier.tiers.storage import StorageTier
+from memtier_backends.base import IndexRow, MemoryIndex, SegmentManifest, SnapshotRecord
+from memtier_backends.segments import content_hash, pack_segment, read_innovation, read_landmarks
 
 __all__ = ["Updater"]
 
@@ -60,8 +60,8 @@ class Updater:
     """
 
     def __init__(
-        self, name: str, folder: SessionFolder, history: History, storage: StorageTier, codec: TextCodec, io: WorkerThread,
-        *, inbox_blocks: int, indexed: int,
+        self, name: str, folder: SessionFolder, history: History, storage: StorageTier, codec: TextCodec,
+        io: WorkerThread, *, inbox_blocks: int, indexed: int,
     ) -> None:  # fmt: skip
         self._name = name
         self._folder = folder
@@ -207,8 +207,8 @@ class Updater:
         self._notify()
         kind = type(error) if isinstance(error, MemtierError) else StorageError
         raise kind(
-            f"session {self._name!r}: writing memory failed: {error} Nothing acknowledged is lost: {self.pending} blocks "
-            f"wait in memory, and the journal holds their tokens. It is tried again now."
+            f"session {self._name!r}: writing memory failed: {error} Nothing acknowledged is lost: {self.pending} "
+            f"blocks wait in memory, and the journal holds their tokens. It is tried again now."
         ) from error
 
     def _notify(self) -> None:
@@ -245,7 +245,7 @@ class Updater:
         self.indexed = manifest.end_block
 
     async def _rows(self, manifest: SegmentManifest) -> list[IndexRow]:
-        """Rows of a segment's blocks. A row's text reaches a block further to both sides, so that its words are whole."""
+        """Rows of a segment's blocks. Their texts reach a block further to both sides, so that words are whole."""
         size = self._storage.settings.span_block_tokens
         origin = max(0, manifest.start - size)
         tokens = await self._history.tokens(origin, min(manifest.end + size, self._history.position))
@@ -269,8 +269,8 @@ class Updater:
                         text=text,
                         created_at=created_at,
                         innovation=None if np.isnan(surprise) else surprise,
-                        landmarks=tuple(l[i] for l in landmarks),
-                    )  # fmt: skip
+                        landmarks=tuple(layer[i] for layer in landmarks),
+                    )
                 )
             return rows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pyarrow as pa
 import torch
@@ -164,7 +164,7 @@ class Views:
                         "on_disk": block < self._storage.durable_blocks,
                         "innovation": innovation.tolist(),
                         **{f"landmark_{i}": row.tolist() for i, row in enumerate(landmarks)},
-                    }  # fmt: skip
+                    }
                 )
             yield pa.RecordBatch.from_pylist(rows, schema=schema)
 

@@ -1,7 +1,7 @@
 """Landmarks of one memory layer: the newest in host memory, within a budget; older ones read back from their segments.
 
-Scoring asks for all of them, always, so what is chosen does not depend on the budget. Landmarks of blocks that are not on
-disk stay in memory whatever the budget says.
+Scoring asks for all of them, always, so what is chosen does not depend on the budget. Landmarks of blocks that are not
+on disk stay in memory whatever the budget says.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+
+from memtier.tiers.retry import retry_reads
 from memtier_backends.base import SegmentManifest, SegmentStore
 from memtier_backends.segments import read_landmarks
 
-from memtier.tiers.retry import retry_reads
-
 __all__ = ["LandmarkTable"]
 
-# Landmarks read from disk are scored this many at a time, so that scoring a long session takes no more memory than that.
 PIECE_BLOCKS = 4096
+"""Landmarks read from disk are scored so many at a time, and take no more memory than that."""
 
 
 class LandmarkTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from memtier_backends.base import RawArray
 
 __all__ = ["to_raw", "to_tensor"]
@@ -15,9 +16,9 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 def to_raw(tensor: torch.Tensor) -> RawArray:
-    """The bytes of a tensor. They share its memory if it is contiguous and on the CPU, so it must not change while in use."""
+    """The bytes of a tensor; they may share its memory, so it must not change while they are in use."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return RawArray(NAMES[tensor.dtype], tuple(tensor.shape), memoryview(flat.view(torch.uint8).numpy()))
+    return RawArray(NAMES[tensor.dtype], tuple(tensor.shape), flat.view(torch.uint8).numpy().data)
 
 
 def to_tensor(raw: RawArray) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""The state tier: the fading memory of each layer, what a report says of it, and snapshots of all that a session carries."""
+"""The state tier: the fading memory of each layer, its report, and snapshots of all that a session carries."""
 
 from __future__ import annotations
 
 import torch
-from memtier_backends.segments import pack_tensors, unpack_tensors
 
 from memtier.cache import TieredCache
 from memtier.reports import StateLayer, StateReport
 from memtier.tiers.raw import to_raw, to_tensor
+from memtier_backends.segments import pack_tensors, unpack_tensors
 
 __all__ = ["pack_snapshot", "state_report", "unpack_snapshot"]
 

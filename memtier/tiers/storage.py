@@ -1,7 +1,7 @@
 """The storage tier: every block that left the window, in host memory while hot or not yet on disk, else in segments.
 
-The model thread appends, scores and fetches; the updater's threads pack blocks and report what is on disk. One lock guards
-the tables; nothing is read from disk while it is held.
+The model thread appends, scores and fetches; the updater's threads pack blocks and report what is on disk. One lock
+guards the tables; nothing is read from disk while it is held.
 
 Tensors of a block and a layer are (2, S, G, D): keys, then values, in the storage dtype, in memory of their own.
 """
@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from memtier_backends.base import BlockPayload, RawArray, SegmentManifest, SegmentStore
-from memtier_backends.segments import read_innovation, read_kv
 
 from memtier.blocks import MemoryBlock, MemorySettings
 from memtier.errors import SessionError
 from memtier.tiers.landmarks import LandmarkTable
 from memtier.tiers.raw import to_raw, to_tensor
 from memtier.tiers.retry import retry_reads
+from memtier_backends.base import BlockPayload, SegmentManifest, SegmentStore
+from memtier_backends.segments import read_innovation, read_kv
 
 __all__ = ["StorageTier"]
 
@@ -109,7 +109,7 @@ class StorageTier:
     def append(
         self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
     ) -> None:
-        """Take blocks that a layer sealed: keys and values (n, S, G, D), landmarks (n, C). Known ones are left as they are.
+        """Take blocks that a layer sealed: keys and values (n, S, G, D), landmarks (n, C). Known ones stay.
 
         A replay seals blocks again that are here already; their bits are those of the first time.
         """

@@ -84,7 +84,8 @@ class WeightsTier:
         wanted_device = _device(device, loaded, given=loaded is model)
         if (wanted_dtype, wanted_device) != (loaded.dtype, loaded.device):
             try:
-                loaded = (copy.deepcopy(loaded) if loaded is model else loaded).to(wanted_device, wanted_dtype)
+                loaded = copy.deepcopy(loaded) if loaded is model else loaded
+                loaded = loaded.to(device=wanted_device, dtype=wanted_dtype)  # pyright: ignore[reportCallIssue]
             except (RuntimeError, AssertionError) as error:
                 raise ConfigError(f"device {device!r} cannot take the model: {error}. Try device='cpu'.") from error
         if isinstance(tokenizer, (str, Path)):
@@ -116,8 +117,7 @@ class WeightsTier:
                 f"The step was taken back; close other sessions or programs on the device and try again."
             ) from error
         logits = out.logits[0]
-        logits = logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
-        return logits
+        return logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def check(self, stored: Mapping[str, Any], where: str) -> None:
         """Refuse a store that another model wrote.
@@ -137,8 +137,8 @@ class WeightsTier:
                 )
         if not _same_values(stored, self.fingerprint):
             raise IncompatibleMemoryError(
-                f"{where} was written by another model: values of its weights differ from those of {self.name!r}, though "
-                f"names and shapes agree. Open it with the weights that wrote it."
+                f"{where} was written by another model: values of its weights differ from those of {self.name!r}, "
+                f"though names and shapes agree. Open it with the weights that wrote it."
             )
         if stored["dtype"] != self.fingerprint["dtype"]:
             log.warning("%s was written in %s and is read in %s", where, stored["dtype"], self.fingerprint["dtype"])

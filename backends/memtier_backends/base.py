@@ -6,7 +6,7 @@ torch.
 
     Journal        sync, durable on return          journal_sqlite.SqliteJournal.open(path, *, read_only=False)
     SegmentStore   sync, immutable files by name    segments.FileSegmentStore(folder)
-    MemoryIndex    async, derived, rebuildable      await index_lance.LanceIndex.open(folder, layers)
+    MemoryIndex    async, derived, rebuildable      await index_lance.LanceIndex.open(folder, layers), layers: sizes C
                                                     index_memory.MemoryIndexAdapter(layers)
 
 Beside the protocols:
@@ -447,8 +447,8 @@ class MemoryIndex(Protocol):
 
 
 def row_digest(block: int, start: int, end: int, text: str, created_at: float) -> str:
-    """Hex digest of an index row."""
-    return fields_digest(block, start, end, text, created_at).hex()
+    """Hex digest of an index row. The kind of number (a numpy integer, say) does not matter."""
+    return fields_digest(int(block), int(start), int(end), text, float(created_at)).hex()
 
 
 def fields_digest(*fields: bytes | str | int | float | None) -> bytes:

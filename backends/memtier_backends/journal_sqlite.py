@@ -121,11 +121,18 @@ class SqliteJournal:
         return end
 
     def rollback(self, position: int, reason: str) -> None:
+        position = int(position)
         with self._transaction("roll back"):
             head = self._rows.head()
             if not 0 <= position <= head.position:
                 raise ConfigError(f"position is {position}; a rollback goes to a position in [0, {head.position}].")
-            self._rows.append(replace(head, position=position), "rollback", position, position, reason.encode())
+            self._rows.append(
+                replace(head, position=position),
+                "rollback",
+                position,
+                position,
+                reason.encode("utf-8", "surrogatepass"),
+            )
             self._rows.execute(
                 "UPDATE entries SET live = MAX(0, ? - start) "
                 "WHERE kind = 'tokens' AND live > 0 AND start >= ? AND start + live > ?",
@@ -237,7 +244,7 @@ class SqliteJournal:
             stored = self._next_block()
             if not 0 <= blocks <= stored:
                 raise ConfigError(f"the index mark is {blocks}; it must be in [0, {stored}], the blocks in segments.")
-            self._rows.put_head(replace(self._rows.head(), indexed_through=blocks))
+            self._rows.put_head(replace(self._rows.head(), indexed_through=int(blocks)))
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
         with self._transaction(f"add snapshot {record.name}"):
@@ -257,6 +264,7 @@ class SqliteJournal:
             self._rows.execute("DELETE FROM records WHERE kind = 'snapshot' AND name = ?", (name,))
 
     def drop_after(self, position: int) -> None:
+        position = int(position)
         with self._transaction("drop what is derived"):
             self._drop_after(position)
 

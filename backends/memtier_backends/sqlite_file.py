@@ -34,6 +34,9 @@ def sqlite_errors(path: Path, action: str) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise _told(error, path, action) from error
+    except UnicodeDecodeError as error:
+        # SQLite quotes what it cannot read, and Python cannot read the quotation either.
+        raise _damaged(error, path, action) from error
 
 
 def connect(path: Path, *, read_only: bool = False, wal: bool = True) -> sqlite3.Connection:
@@ -99,12 +102,16 @@ def _told(error: sqlite3.Error, path: Path, action: str) -> MemtierError:
             "acknowledged is safe; free some space and call again."
         )
     if primary in _CORRUPT or code == sqlite3.SQLITE_IOERR_SHORT_READ:
-        return CorruptMemoryError(
-            f"cannot {action}: {path} is damaged ({error}). Keep the file, restore the session's folder from a backup, "
-            "or delete the session."
-        )
+        return _damaged(error, path, action)
     if primary in _BUSY:
         return StorageError(
             f"cannot {action}: {path} is in use by another connection ({error}). Close it there and call again."
         )
     return StorageError(f"cannot {action} in {path}: {error}. Check the disk and its permissions, then call again.")
+
+
+def _damaged(error: Exception, path: Path, action: str) -> CorruptMemoryError:
+    return CorruptMemoryError(
+        f"cannot {action}: {path} is damaged ({error}). Keep the file, restore the session's folder from a backup, "
+        "or delete the session."
+    )

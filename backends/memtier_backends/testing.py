@@ -264,6 +264,16 @@ class JournalSuite:
         journal.set_indexed_through(0)
         assert journal.indexed_through == 0
 
+    def test_numpy_integers_are_integers(self, journal: Journal, path: Path) -> None:
+        self._with_segments(journal)
+        journal.set_indexed_through(np.int64(3))  # pyright: ignore[reportArgumentType]
+        journal.rollback(np.int64(20), "test")  # pyright: ignore[reportArgumentType]
+        journal.close()
+        again = self.open(path)
+        assert (again.position, again.indexed_through) == (20, 3)
+        again.verify()
+        again.close()
+
     def test_snapshots_are_kept_by_name_and_listed_by_position(self, journal: Journal) -> None:
         journal.commit(begin_turn(journal), list(range(10)))
         journal.add_snapshot(SnapshotRecord(8, "b", 1, "x"))

@@ -132,6 +132,13 @@ def test_a_changed_head_is_found_at_open(path: Path) -> None:
         edited(path, "UPDATE head SET position = position - 1")
 
 
+def test_damage_that_sqlite_quotes_is_told_too(path: Path) -> None:
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"CREATE TABLE entries (", b"CREATE TABLE entr\xc8es (", 1))
+    with pytest.raises(CorruptMemoryError, match="damaged"):
+        SqliteJournal.open(path)
+
+
 @pytest.mark.parametrize("left", [0, 1, 100, 5000])
 def test_a_truncated_file_is_damage_and_not_a_new_session(path: Path, left: int) -> None:
     path.write_bytes(path.read_bytes()[:left])

@@ -21,6 +21,7 @@ def main(store: Path) -> None:
         num_key_value_heads=1,
         head_dim=16,
         intermediate_size=64,
+        ssm_head_dim=16,
         window_tokens=32,
         span_block_tokens=8,
         span_refresh_tokens=8,

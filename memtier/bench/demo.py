@@ -67,12 +67,12 @@ def run_demo(store: Path, options: DemoOptions, on_progress: OnProgress) -> dict
         if any(entry.id == SESSION for entry in runtime.sessions()):
             raise ConfigError(f"{store} already holds a session {SESSION!r}. Give the demo a store of its own.")
         session = runtime.session(SESSION)
-        streamed = _stream(runtime, session, planted, on_progress)
+        streamed = _stream(session, planted, on_progress)
         fresh = _fresh_bits_per_byte(runtime, planted, on_progress)
         recall, answers = _ask(session, questions, on_progress)
         session.flush()
         memory = session.inspect()
-        stats = session_stats(runtime, SESSION)
+        stats = session.stats()
         closed_at = session.position
 
     with _open(store, options) as runtime:
@@ -132,7 +132,7 @@ def _open(store: Path, options: DemoOptions) -> Any:
     return memtier.open_sync(store, model=options.model, tenant=options.tenant, device=options.device)
 
 
-def _stream(runtime: Any, session: Any, text: str, on_progress: OnProgress) -> _Streamed:
+def _stream(session: Any, text: str, on_progress: OnProgress) -> _Streamed:
     """Read the text in quarters, the last of which ends with the tail whose bits per byte are compared."""
     device_bytes, seconds, tokens, late = [], 0.0, 0, float("nan")
     total = len(text.encode())
@@ -142,7 +142,7 @@ def _stream(runtime: Any, session: Any, text: str, on_progress: OnProgress) -> _
             report = session.observe(piece, source="demo", on_progress=_after(tokens, total, "streaming", on_progress))
             seconds += time.perf_counter() - began
             tokens, late = tokens + report.tokens, report.bits_per_byte
-        device_bytes.append(session_stats(runtime, session.id).device_bytes)
+        device_bytes.append(session.stats().device_bytes)
     return _Streamed(tokens, seconds, device_bytes, late)
 
 
@@ -192,11 +192,6 @@ def _ask(
             on_progress("asking", len(answers) * len(MODES) + MODES.index(mode) + 1, total)
         answers.append(given)
     return {mode: count / len(questions) for mode, count in right.items()}, answers
-
-
-def session_stats(runtime: Any, session_id: str) -> SessionStats:
-    """Counters of one open session."""
-    return next(stats for stats in runtime.stats().sessions if stats.session == session_id)
 
 
 def _tiers(memory: MemoryReport, stats: SessionStats) -> dict[str, dict[str, Any]]:

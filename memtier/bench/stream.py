@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import memtier
-from memtier.bench.demo import OnProgress, session_stats
+from memtier.bench.demo import OnProgress
 from memtier.bench.machine import describe_machine, folder_bytes, resident_bytes
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
@@ -60,7 +60,7 @@ def run_stream(store: Path, options: StreamOptions, on_progress: OnProgress) -> 
         session = runtime.session("stream")
         seconds, resident = _read(session, data[:end], options, on_progress)
         session.flush()
-        stats = session_stats(runtime, "stream")
+        stats = session.stats()
     fetched = stats.blocks_from_disk + stats.blocks_from_hot
     early, late = (_seconds_per_token(seconds, at, options) for at in (options.early_tokens, options.late_tokens))
     return {

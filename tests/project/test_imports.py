@@ -19,8 +19,10 @@ LEVELS = (
     "config reports text threads",
     "tiers",
     "retriever generation folder history",
-    "reader updater feed",
-    "timeline",
+    "reader updater listing",
+    "feed timeline",
+    "lines recall",
+    "views",
     "session",
     "runtime",
     "sync",
@@ -28,12 +30,23 @@ LEVELS = (
 """Parts of memtier, lowest first: a part imports itself and parts of lower levels, never a neighbour."""
 
 TRAINING_MAY_USE = {"models", "cache", "layers", "blocks", "errors"}
-ABOVE_THE_RUNTIME = {"cli", "console", "bench", "huggingface", "testing"}
+ABOVE_THE_RUNTIME = {"cli", "console", "peek", "bench", "huggingface", "testing"}
 """May import anything. `memtier` itself may too: it resolves its names lazily, and a test sees that it does no work."""
 
 LEAVES_MAY_BE_USED_BY = {
     "memtier_kernels": {"layers", "cache", "models", "tiers", "retriever", "training", *ABOVE_THE_RUNTIME},
-    "memtier_backends": {"tiers", "folder", "history", "updater", "session", "runtime", *ABOVE_THE_RUNTIME},
+    "memtier_backends": {
+        "tiers",
+        "folder",
+        "history",
+        "updater",
+        "timeline",
+        "recall",
+        "listing",
+        "session",
+        "runtime",
+        *ABOVE_THE_RUNTIME,
+    },
 }
 BARE = {"errors", "blocks", "layers", "cache", "models", "training"}
 """Parts that run on a bare GPU image: no pydantic, no lancedb, no anyio."""

@@ -1,0 +1,193 @@
+"""What the command line shows: progress on standard error, results on standard output as tables or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from memtier.bench.demo import OnProgress
+    from memtier.blocks import MemoryHit
+    from memtier.reports import MemoryReport, SessionInfo
+
+__all__ = ["emit_json", "progress", "show_demo", "show_hits", "show_memory", "show_sessions", "show_values", "size"]
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB")
+
+
+def emit_json(value: Any) -> None:
+    """Print one JSON object on one line of standard output, and nothing else."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[OnProgress]:
+    """A bar for each stage on standard error, where that is a terminal; call it with (stage, done, total)."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=max(done, total))
+
+        yield update
+
+
+def size(count: float) -> str:
+    """1234567 -> "1.2 MB"."""
+    unit = 0
+    while count >= 1000 and unit + 1 < len(_UNITS):
+        count, unit = count / 1000, unit + 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def show_values(title: str, values: dict[str, Any]) -> None:
+    """Names and values, one a line."""
+    _print(title, ("", ""), [(name, str(value)) for name, value in values.items()])
+
+
+def show_hits(hits: Iterable[MemoryHit]) -> None:
+    """What was recalled, best first, each with its provenance."""
+    rows = [
+        (
+            f"{hit.score:.2f}",
+            f"{hit.start:,}–{hit.end:,}",
+            hit.tier,
+            hit.role,
+            hit.source or "",
+            _when(hit.created_at),
+            hit.text,
+        )
+        for hit in hits
+    ]
+    if not rows:
+        Console().print("Nothing in this session matches.")
+        return
+    _print(None, ("score", "tokens", "tier", "role", "source", "when", "text"), rows)
+
+
+def show_sessions(sessions: Iterable[SessionInfo]) -> None:
+    """The sessions of a store."""
+    rows = [
+        (
+            info.id,
+            f"{info.position:,}",
+            str(info.turns),
+            f"{info.blocks:,}",
+            size(info.bytes_on_disk),
+            _when(info.updated_at),
+        )
+        for info in sessions
+    ]
+    if not rows:
+        Console().print("This store holds no session.")
+        return
+    _print(None, ("session", "tokens", "turns", "blocks", "on disk", "last written"), rows)
+
+
+def show_memory(memory: MemoryReport) -> None:
+    """The four tiers of a session: what they hold, not only how much."""
+    weights, context, storage = memory.weights, memory.context, memory.storage
+    title = f"session {memory.session!r} at token {memory.position:,}"
+    where = f"{weights.dtype} on {weights.device}"
+    rows = [
+        ("weights", f"{weights.name}: {weights.parameters:,} parameters, {size(weights.bytes)}, {where}"),
+        ("state", f"{size(memory.state.bytes)} in {len(memory.state.layers)} layers"),
+        *(("", _state_line(layer)) for layer in memory.state.layers),
+        ("context", f"window of tokens {context.window_start:,}–{context.window_end:,}: …{context.window_text[-300:]}"),
+        *(
+            (
+                f"  layer {layer}",
+                f"{len(tokens)} surprising tokens: " + " ".join(f"{t.text!r}@{t.position}" for t in tokens[:12]),
+            )
+            for layer, tokens in context.eidetic.items()
+        ),
+        ("storage", f"{storage.blocks:,} blocks, {storage.tokens:,} tokens, {size(storage.bytes_on_disk)} on disk"),
+        ("", f"{storage.pending_blocks} blocks on their way to disk, {storage.lag_tokens} tokens not yet searchable"),
+        *((f"  layer {chosen.layer}", _selection_line(chosen)) for chosen in storage.last_selection),
+        *(
+            (f"  layer {layer}", "attention: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+            for layer, shares in memory.attention_mass.items()
+        ),
+    ]
+    _print(title, ("tier", "holds"), rows)
+
+
+def show_demo(report: dict[str, Any]) -> None:
+    """What the demo measured."""
+    tiers, recall, surprise = report["tiers"], report["recall"], report["bits_per_byte"]
+    weights, state, context, storage = (tiers[name] for name in ("weights", "state", "context", "storage"))
+    _print(
+        f"{report['tokens_streamed']:,} tokens streamed, {report['tokens_per_second']:,.0f} a second",
+        ("tier", "size", "holds"),
+        [
+            (
+                "weights",
+                size(weights["bytes"]),
+                f"{weights['name']}: {weights['parameters']:,} parameters in {weights['dtype']}",
+            ),
+            ("state", size(state["bytes"]), f"the fading memory of {state['layers']} layers"),
+            (
+                "context",
+                size(context["bytes"]),
+                f"{context['window_tokens']} window, {context['eidetic_tokens']} surprising tokens",
+            ),
+            (
+                "storage",
+                size(storage["bytes"]),
+                f"{storage['blocks']:,} blocks of {storage['tokens']:,} tokens, on disk",
+            ),
+        ],
+    )
+    asked = f"{report['facts_asked']} of {report['facts_planted']} facts"
+    _print(
+        "measured",
+        ("", ""),
+        [
+            ("device bytes at 25, 50, 75, 100 %", "  ".join(f"{count:,}" for count in report["device_bytes"])),
+            ("bits per byte of the last text", f"{surprise['late']:.3f}"),
+            ("the same text in a fresh session", f"{surprise['fresh']:.3f}"),
+            *((f"{asked}, retrieval {mode}", f"{share:.0%} right") for mode, share in recall.items()),
+            ("closed, opened again at token", f"{report['resumed_at']:,}"),
+            ("and went on to token", f"{report['went_on_to']:,}"),
+        ],
+    )
+
+
+def _state_line(layer: Any) -> str:
+    half_life = "" if layer.half_life_tokens is None else f", half-life {layer.half_life_tokens:,.0f} tokens"
+    return f"layer {layer.layer}: {layer.kind} {'×'.join(map(str, layer.shape))}, norm {layer.norm:.2f}{half_life}"
+
+
+def _selection_line(chosen: Any) -> str:
+    blocks = ", ".join(f"{block.start:,}–{block.end:,} ({block.attention_mass:.0%})" for block in chosen.blocks)
+    return f"retrieved at token {chosen.boundary:,}: {blocks or 'nothing'}"
+
+
+def _when(seconds: float | None) -> str:
+    return "" if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _print(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(
+        title=title and escape(title), title_justify="left", show_header=any(columns), show_edge=False, pad_edge=False
+    )
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        # What a session holds is data: brackets in it are no markup.
+        table.add_row(*(escape(cell) for cell in row))
+    console = Console()
+    console.print(table)
+    console.print()

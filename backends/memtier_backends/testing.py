@@ -7,6 +7,8 @@ An adapter's tests subclass a suite and say how to open the store; nothing more:
             return SqliteJournal.open(path)
 
 Also here: small payloads and rows to test with, and the fault wrappers of faults.py. Needs pytest.
+
+One long file, so that what a new adapter must do is read and imported in one place.
 """
 
 from __future__ import annotations

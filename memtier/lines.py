@@ -34,8 +34,8 @@ class SessionDoor(Protocol):
     @property
     def id(self) -> str: ...
 
-    def exclusive(self, line: Line | None, *, changes: bool = True) -> AbstractAsyncContextManager[None]:
-        """The session's lock, any other line ended, and the reader level with the journal if it `changes` anything."""
+    def exclusive(self, line: Line | None, *, catch_up: bool = True) -> AbstractAsyncContextManager[None]:
+        """The session's lock, any other line ended, and the reader level with the journal (`catch_up`)."""
         ...
 
 
@@ -64,7 +64,8 @@ class Line:
             return None
         if self._prompt is not None and not self._begun:
             await self._prompt.open()
-        async with self._session.exclusive(self, changes=self.remembers):
+        # once begun, the line itself keeps journal and reader level, but for the token it samples next from
+        async with self._session.exclusive(self, catch_up=self.remembers and not self._begun):
             if self.ended:
                 return None
             if not self._begun:

@@ -295,8 +295,8 @@ class Session:
         return self._config.durability == "token"
 
     @asynccontextmanager
-    async def exclusive(self, line: Line | None, *, changes: bool = True) -> AsyncGenerator[None]:
-        """The lock, with other lines ended and old failures raised; level with the journal if it `changes`."""
+    async def exclusive(self, line: Line | None, *, catch_up: bool = True) -> AsyncGenerator[None]:
+        """The lock, with other lines ended and old failures raised; level with the journal (`catch_up`)."""
         self._check_open()
         async with self.lock:
             self._check_open()
@@ -304,7 +304,7 @@ class Session:
             if line is None or not line.ended:
                 await self._end_line(line)
                 await self._updater.ready()
-                if changes or self.timeline.reader.cache is None:
+                if catch_up or self.timeline.reader.cache is None:
                     await self.timeline.catch_up()
             yield
 

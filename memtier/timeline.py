@@ -193,6 +193,7 @@ class Timeline:
             return token
 
         await self._updater.ready()
+        assert self.reader.position + (self._unread is not None) == self.position, "only the newest token is unread"
         return await shielded(step_and_commit())
 
     async def acknowledge(self) -> None:

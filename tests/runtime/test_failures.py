@@ -1,0 +1,160 @@
+"""Failures are loud, local, and lose nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+import torch
+from memtier_backends.faults import Faults
+
+from memtier.errors import ModelError, StorageError, StorageFullError
+from memtier.reader import Reader
+
+pytestmark = pytest.mark.anyio
+
+EXACT = {"rtol": 0.0, "atol": 1e-9}
+
+
+@pytest.fixture
+async def after_all(open_store, ids) -> torch.Tensor:
+    """Logits of the last 100 of 300 tokens."""
+    async with open_store("reference") as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        return (await session.observe(ids[200:], logits=True)).logits
+
+
+@pytest.mark.parametrize("operation", ["segments.put", "journal.add_segment", "index.add", "journal.set_indexed_through"])
+async def test_a_store_that_keeps_failing_raises_at_the_next_call_and_loses_nothing(
+    open_store, ids, after_all, operation
+) -> None:
+    faults = Faults(fail_always=True, operations=frozenset({operation}), error=StorageFullError)
+    with anyio.fail_after(60):
+        async with open_store(faults=faults) as runtime:
+            session = await runtime.session("a")
+            await session.observe(ids[:200])
+            with pytest.raises(StorageFullError, match=r"session 'a'.*made to fail"):
+                await session.flush()
+            assert session.position == 200
+            faults.fail_always = False
+            seen = await session.observe(ids[200:], logits=True)
+            await session.flush()
+            assert session.stats().lag_tokens == 0
+    torch.testing.assert_close(seen.logits, after_all, **EXACT)
+
+
+async def test_a_session_whose_store_failed_for_good_is_whole_at_the_next_open(open_store, ids, after_all) -> None:
+    faults = Faults(fail_always=True, operations=frozenset({"segments.put"}))
+    with anyio.fail_after(60):
+        async with open_store(faults=faults) as runtime:
+            session = await runtime.session("a")
+            await session.observe(ids[:200])
+            with pytest.raises(StorageError):
+                await session.flush()
+        async with open_store() as runtime:
+            session = await runtime.session("a")
+            assert session.position == 200
+            seen = await session.observe(ids[200:], logits=True)
+    torch.testing.assert_close(seen.logits, after_all, **EXACT)
+
+
+async def test_a_failing_session_stops_no_other(open_store, ids) -> None:
+    faults = Faults()
+    with anyio.fail_after(60):
+        async with open_store(faults=faults) as runtime:
+            good, bad = await runtime.session("good"), await runtime.session("bad")
+            await bad.observe(ids[:200])
+            faults.fail_always, faults.operations = True, frozenset({"segments.put"})
+            with pytest.raises(StorageError, match="session 'bad'"):
+                await bad.flush()
+            faults.fail_always = False
+            await good.observe(ids)
+            await good.flush()
+            assert runtime.stats().sessions[0].failure is None
+
+
+async def test_a_commit_that_fails_acknowledges_nothing(open_store, ids) -> None:
+    faults = Faults(operations=frozenset({"journal.commit"}))
+    with anyio.fail_after(60):
+        async with open_store(faults=faults) as runtime:
+            session = await runtime.session("a")
+            await session.observe(ids[:50])
+            faults.fail_always = True
+            with pytest.raises(StorageError):
+                await session.observe(ids[50:100])
+            assert session.position == 50
+            faults.fail_always = False
+            assert (await session.observe(ids[50:100])).position == 100
+
+
+class Refusal:
+    """Makes the model refuse the n-th step from now."""
+
+    def __init__(self, monkeypatch, step: int, error: Exception) -> None:
+        self.left, self.error = step, error
+        original = Reader._take_sealed
+
+        def take_sealed(reader, cache):
+            self.left -= 1
+            if self.left == 0:
+                raise self.error
+            return original(reader, cache)
+
+        monkeypatch.setattr(Reader, "_take_sealed", take_sealed)
+
+
+@pytest.mark.parametrize("error", [ModelError("not finite."), RuntimeError("out of memory")], ids=["ours", "torch's"])
+async def test_a_refused_step_is_taken_back_and_the_session_goes_on(
+    open_store, ids, after_all, monkeypatch, error
+) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        Refusal(monkeypatch, 1, error)
+        with pytest.raises(ModelError, match="taken back"):
+            await session.observe(ids[100:250])
+        assert session.position == 200
+        seen = await session.observe(ids[200:], logits=True)
+        assert (await session.inspect()).position == 300
+    torch.testing.assert_close(seen.logits, after_all, **EXACT)
+
+
+@pytest.mark.parametrize("durability", ["turn", "token"])
+async def test_a_refused_sampled_token_is_taken_back(open_store, ids, monkeypatch, durability) -> None:
+    async with open_store("plain", durability=durability) as runtime:
+        session = await runtime.session("a")
+        whole = session.generate(ids[:60], max_new_tokens=20)
+        async for _ in whole:
+            pass
+    async with open_store(durability=durability) as runtime:
+        session = await runtime.session("a")
+        generation = session.generate(ids[:60], max_new_tokens=20)
+        await anext(generation)
+        Refusal(monkeypatch, 5, ModelError("not finite."))
+        with pytest.raises(ModelError):
+            async for _ in generation:
+                pass
+        tokens = list(generation.token_ids)
+        assert session.position == 60 + len(tokens) - 1
+        rest = session.generate(max_new_tokens=20 - len(tokens) + 1)
+        async for _ in rest:
+            pass
+    assert tokens[:-1] + list(rest.token_ids) == list(whole.token_ids)
+
+
+async def test_real_non_finite_weights_are_refused(open_store, ids, model) -> None:
+    import copy
+
+    broken = copy.deepcopy(model)
+    async with open_store(model=broken) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:100])
+        with torch.no_grad():
+            kept = broken.lm_head.weight.clone()
+            broken.lm_head.weight.fill_(float("nan"))
+        with pytest.raises(ModelError):
+            await session.observe(ids[100:])
+        assert session.position == 100
+        with torch.no_grad():
+            broken.lm_head.weight.copy_(kept)
+        assert (await session.observe(ids[100:])).position == 300

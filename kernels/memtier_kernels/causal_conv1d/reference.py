@@ -1,4 +1,4 @@
-"""Plain torch: `width` shifted products, which needs no transpose and is as exact as the sum itself."""
+"""Plain torch: the depthwise convolution of the library, over the tail and the new inputs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,11 @@ def causal_conv1d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `memtier_kernels.causal_conv1d`."""
     batch, tokens, channels = x.shape
-    width = weight.shape[1]
     if tail is None:
-        tail = x.new_zeros(batch, width - 1, channels)
-    weight = weight.to(x.dtype)
+        tail = x.new_zeros(batch, weight.shape[1] - 1, channels)
     padded = torch.cat([tail.to(x.dtype), x], dim=1)
-    y = padded[:, width - 1 :] * weight[:, width - 1]
-    for j in range(width - 1):
-        y = y + padded[:, j : j + tokens] * weight[:, j]
-    if bias is not None:
-        y = y + bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.conv1d(padded.transpose(1, 2), weight.to(x.dtype)[:, None], bias, groups=channels).transpose(1, 2)
     if activation == "silu":
         y = F.silu(y)
     return y, padded[:, tokens:].clone()

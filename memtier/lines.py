@@ -8,6 +8,7 @@ from functools import partial
 from typing import Protocol
 
 import anyio
+import anyio.lowlevel
 import numpy as np
 import torch
 

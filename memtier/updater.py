@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import anyio.abc
+import anyio.lowlevel
 import numpy as np
 
 from memtier.errors import MemtierError, StorageError
@@ -107,11 +109,13 @@ class Updater:
         self._notify()
 
     async def ready(self) -> None:
-        """Return once a step may seal more blocks.
+        """Return once a step may seal more blocks; cancellation acts here.
 
         Raises:
             StorageError: writing failed; it is tried again after this.
         """
+        # a step is shielded, so this is where a cancelled call stops
+        await anyio.lowlevel.checkpoint()
         while True:
             if self._error is not None:
                 self._raise()

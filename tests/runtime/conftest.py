@@ -8,18 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
-from memtier_backends.index_memory import MemoryIndexAdapter
-from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.segments import FileSegmentStore
 from transformers import AutoTokenizer
 
 import memtier
 from memtier.folder import Backends
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
-
-TEXT = "The code for Bodiv is 4821. " + "It rained on the hills, and the river rose — slowly. " * 6
+from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
+from memtier_backends.index_memory import MemoryIndexAdapter
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.segments import FileSegmentStore
 
 
 @pytest.fixture
@@ -58,7 +56,12 @@ def open_store(tmp_path: Path, model: Any, tokenizer: Any) -> OpenStore:
     """`open_store(name, faults=..., **config)`: a runtime on a store of that name."""
 
     def make(
-        name: str = "store", *, faults: Faults | None = None, model: Any = model, tokenizer: Any = tokenizer, **config: Any
+        name: str = "store",
+        *,
+        faults: Faults | None = None,
+        model: Any = model,
+        tokenizer: Any = tokenizer,
+        **config: Any,
     ) -> Runtime:
         faults = faults or Faults()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import anyio
 import pytest
 import torch
-from memtier_backends.faults import Faults
 
 from memtier.session import Session
+from memtier_backends.faults import Faults
 
 pytestmark = pytest.mark.anyio
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import anyio
 import pytest
 import torch
-from memtier_backends.faults import Faults
 
 from memtier.errors import ModelError, StorageError, StorageFullError
 from memtier.reader import Reader
+from memtier_backends.faults import Faults
 
 pytestmark = pytest.mark.anyio
 
@@ -24,7 +24,9 @@ async def after_all(open_store, ids) -> torch.Tensor:
         return (await session.observe(ids[200:], logits=True)).logits
 
 
-@pytest.mark.parametrize("operation", ["segments.put", "journal.add_segment", "index.add", "journal.set_indexed_through"])
+@pytest.mark.parametrize(
+    "operation", ["segments.put", "journal.add_segment", "index.add", "journal.set_indexed_through"]
+)
 async def test_a_store_that_keeps_failing_raises_at_the_next_call_and_loses_nothing(
     open_store, ids, after_all, operation
 ) -> None:

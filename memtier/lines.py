@@ -66,7 +66,8 @@ class Line:
         if self._prompt is not None and not self._begun:
             await self._prompt.open()
         # once begun, the line itself keeps journal and reader level, but for the token it samples next from
-        async with self._session.exclusive(self, catch_up=self.remembers and not self._begun):
+        behind = self.remembers or self._session.timeline.reader.cache is None
+        async with self._session.exclusive(self, catch_up=behind and not self._begun):
             if self.ended:
                 return None
             if not self._begun:

@@ -178,7 +178,7 @@ class Session:
             ConfigError: an empty query, k below 1, or a model without a tokenizer.
             StorageError: memory could not be read or written.
         """
-        async with self.exclusive(None):
+        async with self.exclusive(None, catch_up=False):
             await self._updater.flush()
             return await find(
                 query, k, timeline=self.timeline, index=await self._updater.index(), codec=self._weights.codec,
@@ -304,7 +304,7 @@ class Session:
             if line is None or not line.ended:
                 await self._end_line(line)
                 await self._updater.ready()
-                if catch_up or self.timeline.reader.cache is None:
+                if catch_up:
                     await self.timeline.catch_up()
             yield
 

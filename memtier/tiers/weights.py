@@ -10,7 +10,8 @@ import base64
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from memtier.cache import TieredCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
@@ -166,12 +168,24 @@ def _load(model: str | Path) -> tuple[PreTrainedModel, Any]:
         config = AutoConfig.from_pretrained(name)
         if not isinstance(config, BMojoConfig):
             raise ConfigError(_not_bmojo(str(model), config.model_type))
-        return BMojoForCausalLM.from_pretrained(name, config=config, dtype="auto"), _tokenizer(name)
+        with _no_progress_bar():
+            return BMojoForCausalLM.from_pretrained(name, config=config, dtype="auto"), _tokenizer(name)
     except OSError as error:
         raise ConfigError(
             f"model {str(model)!r} cannot be loaded: {error}. Give 'nano', a folder that holds config.json and "
             f"model.safetensors, or the id of a model on the Hugging Face Hub."
         ) from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _tokenizer(name: str) -> Any:

@@ -1,7 +1,8 @@
 """Run by test_crash: processes that die before their n-th write, each followed by one that goes on.
 
-One process imports torch; every other is forked from it before it has threads, so that each costs a fraction of a second.
-Prints a JSON list of {"kill_at", "killed", "position", "error"}: the largest difference of logits to an unbroken session.
+One process imports torch; every other is forked from it before it has threads, so each costs a fraction of a second.
+Prints a JSON list of {"kill_at", "killed", "position", "error", "whole"}: exit status, tokens acknowledged, the largest
+difference of logits to an unbroken session, and whether all was on disk in the end.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def in_child(function, *arguments) -> int:
         try:
             anyio.run(function, *arguments)
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001  a forked child must not return into its parent's code
             traceback.print_exc()
         finally:
             os._exit(status)

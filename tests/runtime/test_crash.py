@@ -1,4 +1,4 @@
-"""A process killed between any two writes leaves a session that opens, catches up and goes on as if nothing had been."""
+"""A process killed between any two writes leaves a session that opens, catches up and goes on."""
 
 from __future__ import annotations
 

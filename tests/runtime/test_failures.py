@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 import anyio
 import pytest
 import torch
 
-from memtier.errors import ModelError, StorageError, StorageFullError
+from memtier.errors import (
+    CorruptMemoryError,
+    IncompatibleMemoryError,
+    ModelError,
+    StorageError,
+    StorageFullError,
+)
 from memtier.reader import Reader
 from memtier_backends.faults import Faults
 
@@ -160,3 +168,32 @@ async def test_real_non_finite_weights_are_refused(open_store, ids, model) -> No
         with torch.no_grad():
             broken.lm_head.weight.copy_(kept)
         assert (await session.observe(ids[100:])).position == 300
+
+
+async def test_a_damaged_segment_is_loud_and_the_tokens_stay_acknowledged(open_store, ids, tmp_path) -> None:
+    async with open_store(hot_bytes=0) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        await session.flush()
+        segments = list(tmp_path.rglob("segments/*"))
+        whole = [segment.read_bytes() for segment in segments]
+        for segment, data in zip(segments, whole, strict=True):
+            segment.write_bytes(data[:8000] + bytes(len(data) - 8000))
+        with pytest.raises(CorruptMemoryError, match="damaged"):
+            await session.observe(ids[200:])
+        assert session.position == 300
+        for segment, data in zip(segments, whole, strict=True):
+            segment.write_bytes(data)
+        assert (await session.observe(ids[:10])).position == 310
+
+
+async def test_a_store_of_a_newer_version_is_refused(open_store, tmp_path) -> None:
+    async with open_store() as runtime:
+        await (await runtime.session("a")).observe("hello")
+    (journal,) = tmp_path.rglob("journal.sqlite3")
+    connection = sqlite3.connect(journal)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    async with open_store() as runtime:
+        with pytest.raises(IncompatibleMemoryError, match="99"):
+            await runtime.session("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
@@ -40,7 +41,7 @@ class SessionDoor(Protocol):
         ...
 
 
-class Line:
+class Line(ABC):
     """A line of tokens that begins with a prompt. Subclasses say where they are kept.
 
     Args:
@@ -88,14 +89,17 @@ class Line:
             self.on_end()
             await self._end()
 
+    @abstractmethod
     async def _begin(self) -> None:
-        raise NotImplementedError
+        """Read the prompt."""
 
+    @abstractmethod
     async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
-        raise NotImplementedError
+        """Read the token sampled last, and sample the next."""
 
+    @abstractmethod
     async def _end(self) -> None:
-        raise NotImplementedError
+        """Keep what was sampled, or let it go."""
 
     def _refuse_silence(self, position: int) -> None:
         if self._prompt is None and position == 0:

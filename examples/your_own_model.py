@@ -32,6 +32,7 @@ def main(store: Path) -> None:
     with memtier.open_sync(store, model=model) as runtime:
         session = runtime.session("ids")
         report = session.observe(ids, logits=True)
+        assert report.logits is not None
         print("read", report.tokens, "tokens; logits", tuple(report.logits.shape))
         answer = session.generate(max_new_tokens=8)
         list(answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -40,9 +41,12 @@ Tenant = Annotated[str, typer.Option(help="Whose sessions: tenants never see eac
 Model = Annotated[str, typer.Option(help="'nano', a Hugging Face id, or a folder with a B'MOJO model.")]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+HotBytes = Annotated[int, typer.Option(help="Host memory for blocks, in bytes.")]
+Threads = Annotated[int, typer.Option(help="CPU threads to compute on; nano is too small to gain from more.")]
 SessionArgument = Annotated[str, typer.Argument(help="Id of the session.")]
 
 DEFAULT_STORE = Path("memory")
+DEFAULT_HOT_BYTES = 64 * 2**20
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,13 +96,15 @@ def demo(
     tenant: Tenant = "default",
     model: Model = "nano",
     device: Device = "auto",
+    hot_bytes: HotBytes = DEFAULT_HOT_BYTES,
+    threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
     """Stream a long text, ask for facts from its beginning, with retrieval and without; close, reopen, go on."""
     from memtier.bench.demo import DemoOptions, run_demo
     from memtier.console import emit_json, progress, show_demo
 
-    options = DemoOptions(size_bytes, facts, seed, file, model, device, tenant)
+    options = DemoOptions(size_bytes, facts, seed, file, model, device, tenant, hot_bytes, threads)
     with _kept_or_temporary(store) as folder, progress() as on_progress:
         report = run_demo(folder, options, on_progress)
     (emit_json if as_json else show_demo)(report)
@@ -227,12 +233,13 @@ def sessions(store: Store = DEFAULT_STORE, tenant: Tenant = "default", as_json: 
 
 @bench.command("stream")
 def bench_stream(
-    hot_bytes: Annotated[int, typer.Option(help="Host memory for blocks, in bytes.")] = 64 * 2**20,
+    hot_bytes: HotBytes = DEFAULT_HOT_BYTES,
     late_tokens: Annotated[int, typer.Option(help="Where the late cost is measured.")] = 200_000,
     file: Annotated[Path | None, typer.Option(help="Text to stream (default: CPython's own manual).")] = None,
     store: OptionalStore = None,
     model: Model = "nano",
     device: Device = "auto",
+    threads: Threads = 1,
     as_json: Json = False,
 ) -> None:
     """Cost of a token early and late in a session: time, resident memory, disk."""
@@ -240,7 +247,13 @@ def bench_stream(
     from memtier.console import emit_json, progress, show_values
 
     options = StreamOptions(
-        hot_bytes=hot_bytes, late_tokens=late_tokens, file=file, model=model, device=device, command=" ".join(sys.argv)
+        hot_bytes=hot_bytes,
+        late_tokens=late_tokens,
+        file=file,
+        model=model,
+        device=device,
+        threads=threads,
+        command=shlex.join(["memtier", *sys.argv[1:]]),
     )
     with _kept_or_temporary(store) as folder, progress() as on_progress:
         report = run_stream(folder, options, on_progress)

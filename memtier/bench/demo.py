@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import memtier
-from memtier.bench.machine import describe_machine
+from memtier.bench.machine import describe_machine, selected_from_disk, use_threads
 from memtier.bench.text import load_text, plant
 from memtier.blocks import RetrievalMode
 from memtier.errors import ConfigError, StorageError
@@ -47,6 +47,8 @@ class DemoOptions:
     model: str = "nano"
     device: str = "auto"
     tenant: str = "default"
+    hot_bytes: int = 64 * 2**20
+    threads: int = 1
 
 
 def run_demo(store: Path, options: DemoOptions, on_progress: OnProgress) -> dict[str, Any]:
@@ -63,6 +65,7 @@ def run_demo(store: Path, options: DemoOptions, on_progress: OnProgress) -> dict
     planted = plant(text, facts, options.seed)
     questions = choose_questions(facts, options.seed)
 
+    use_threads(options.threads)
     with _open(store, options) as runtime:
         if any(entry.id == SESSION for entry in runtime.sessions()):
             raise ConfigError(f"{store} already holds a session {SESSION!r}. Give the demo a store of its own.")
@@ -129,7 +132,8 @@ class _Streamed:
 
 
 def _open(store: Path, options: DemoOptions) -> Any:
-    return memtier.open_sync(store, model=options.model, tenant=options.tenant, device=options.device)
+    config = memtier.MemoryConfig(hot_bytes=options.hot_bytes)
+    return memtier.open_sync(store, model=options.model, config=config, tenant=options.tenant, device=options.device)
 
 
 def _stream(session: Any, text: str, on_progress: OnProgress) -> _Streamed:
@@ -215,7 +219,6 @@ def _tiers(memory: MemoryReport, stats: SessionStats) -> dict[str, dict[str, Any
             "blocks": memory.storage.blocks,
             "tokens": memory.storage.tokens,
             "host_bytes": stats.hot_bytes + stats.landmark_bytes,
-            "blocks_from_disk": stats.blocks_from_disk,
-            "blocks_from_hot": stats.blocks_from_hot,
+            "selected_from_disk": selected_from_disk(stats),
         },
     }

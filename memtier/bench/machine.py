@@ -8,7 +8,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["describe_machine", "folder_bytes", "resident_bytes"]
+from memtier.errors import ConfigError
+from memtier.reports import SessionStats
+
+__all__ = ["describe_machine", "folder_bytes", "resident_bytes", "selected_from_disk", "use_threads"]
 
 _LIBRARIES = ("memtier", "torch", "transformers", "lancedb", "numpy")
 
@@ -38,6 +41,28 @@ def resident_bytes() -> int:
 def folder_bytes(folder: Path) -> int:
     """Sum of the sizes of all files under a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def selected_from_disk(stats: SessionStats) -> float | None:
+    """Share of the retrieved blocks that were read from disk, not found in host memory; None if none was retrieved."""
+    fetched = stats.blocks_from_disk + stats.blocks_from_hot
+    return stats.blocks_from_disk / fetched if fetched else None
+
+
+def use_threads(count: int) -> None:
+    """Compute on so many CPU threads.
+
+    The operations of a model as small as nano are shorter than a hand-over between threads: on a core that is wanted by
+    anything else, every operation waits for it. So what is measured here is measured on one, unless asked otherwise.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    import torch
+
+    if count < 1:
+        raise ConfigError(f"--threads is {count}; there must be at least one.")
+    torch.set_num_threads(count)
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import memtier
 from memtier.bench.demo import OnProgress
-from memtier.bench.machine import describe_machine, folder_bytes, resident_bytes
+from memtier.bench.machine import describe_machine, folder_bytes, resident_bytes, selected_from_disk, use_threads
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
 
@@ -36,6 +36,7 @@ class StreamOptions:
     file: Path | None = None
     model: str = "nano"
     device: str = "auto"
+    threads: int = 1
     command: str = "memtier bench stream --json"
 
 
@@ -55,20 +56,20 @@ def run_stream(store: Path, options: StreamOptions, on_progress: OnProgress) -> 
     end = options.late_tokens + half
     if end > len(data):
         raise ConfigError(f"the text has {len(data):,} bytes and {end:,} are needed. Give a longer --file.")
+    use_threads(options.threads)
     config = memtier.MemoryConfig(hot_bytes=options.hot_bytes)
     with memtier.open_sync(store, model=options.model, device=options.device, config=config) as runtime:
         session = runtime.session("stream")
         seconds, resident = _read(session, data[:end], options, on_progress)
         session.flush()
         stats = session.stats()
-    fetched = stats.blocks_from_disk + stats.blocks_from_hot
     early, late = (_seconds_per_token(seconds, at, options) for at in (options.early_tokens, options.late_tokens))
     return {
         "seconds_per_token": {"early": early, "late": late, "late_over_early": late / early},
         "resident_bytes": {**resident, "growth": resident["late"] - resident["baseline"]},
         "device_bytes": stats.device_bytes,
         "disk_bytes_per_text_byte": folder_bytes(store) / end,
-        "selected_from_disk": stats.blocks_from_disk / fetched if fetched else None,
+        "selected_from_disk": selected_from_disk(stats),
         "landmark_bytes": stats.landmark_bytes,
         "hot_bytes": stats.hot_bytes,
         "settings": {**asdict(options), "step_bytes": STEP_BYTES, "landmark_bytes": config.landmark_bytes},

@@ -1,7 +1,7 @@
 """A store, opened with a model: the threads, the updater tasks, and the sessions.
 
-Three threads serve all sessions: the model's owns every tensor, the journals' owns SQLite, and one packs and writes
-files.
+Two threads serve all sessions: the model's owns every tensor, the journals' owns SQLite. Each session packs and writes its
+files on a thread of its own, so a slow disk holds up no other session.
 """
 
 from __future__ import annotations
@@ -87,7 +87,6 @@ class Runtime:
         self._task = anyio.get_current_task().id
         self._model_thread = WorkerThread("memtier-model", torch.inference_mode)
         self._journal_thread = WorkerThread("memtier-journal")
-        self._io_thread = WorkerThread("memtier-files")
         self._tasks = anyio.create_task_group()
         try:
             self._weights: WeightsTier = await self._model_thread.run(self._load)
@@ -229,21 +228,29 @@ class Runtime:
             raise
 
     async def _assemble(self, session_id: str, opened: SessionFolder) -> Session:
+        io = WorkerThread("memtier-files")
+        try:
+            return await self._assemble_on(io, session_id, opened)
+        except BaseException:
+            io.close()
+            raise
+
+    async def _assemble_on(self, io: WorkerThread, session_id: str, opened: SessionFolder) -> Session:
         config, settings, model = self._config, self._settings, self._weights.config
         storage = StorageTier(
             settings, model.num_key_value_heads, model.head_dim, opened.segments, hot_bytes=config.hot_bytes,
             landmark_bytes=config.landmark_bytes,
         )  # fmt: skip
         position, manifests, indexed = await self._journal_thread.run(_read_marks, opened)
-        await self._io_thread.run(storage.load, manifests)
+        await io.run(storage.load, manifests)
         history = History(opened.journal, self._journal_thread, position)
         updater = Updater(
-            session_id, opened, history, storage, self._weights.codec, self._io_thread,
+            session_id, opened, history, storage, self._weights.codec, io,
             inbox_blocks=config.inbox_blocks, indexed=indexed,
         )  # fmt: skip
         reader = Reader(self._weights, settings, storage)
         timeline = Timeline(
-            session_id, history, reader, updater, self._model_thread, self._io_thread, opened.snapshots,
+            session_id, history, reader, updater, self._model_thread, io, opened.snapshots,
             config.snapshot_every_tokens,
         )  # fmt: skip
         done = await self._tasks.start(updater.run)
@@ -257,7 +264,7 @@ class Runtime:
             raise
         return Session(
             session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline,
-            storage, updater, model=self._model_thread, io=self._io_thread, journal=self._journal_thread,
+            storage, updater, model=self._model_thread, io=io, journal=self._journal_thread,
             updater_done=done, on_close=self._forget_object,
         )  # fmt: skip
 
@@ -265,7 +272,7 @@ class Runtime:
         self._sessions.pop(session.id, None)
 
     def _stop_threads(self) -> None:
-        for thread in (self._model_thread, self._journal_thread, self._io_thread):
+        for thread in (self._model_thread, self._journal_thread):
             thread.close()
 
     def _log_estimate(self) -> None:

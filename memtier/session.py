@@ -56,6 +56,7 @@ class Session:
         self._storage = storage
         self._updater = updater
         self._journal_thread = journal
+        self._io_thread = io
         self._updater_done = updater_done
         self._on_close = on_close
         self.lock = anyio.Lock()
@@ -330,6 +331,7 @@ class Session:
             try:
                 await self._journal_thread.run(self._folder.close)
             finally:
+                self._io_thread.close()
                 self._on_close(self)
 
     def _check_open(self) -> None:

@@ -14,6 +14,7 @@ import memtier
 from memtier.folder import Backends
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
+from memtier_backends.base import SegmentStore
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
 from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.journal_sqlite import SqliteJournal
@@ -61,6 +62,7 @@ def open_store(tmp_path: Path, model: Any, tokenizer: Any) -> OpenStore:
         faults: Faults | None = None,
         model: Any = model,
         tokenizer: Any = tokenizer,
+        segments: Callable[[Path], SegmentStore] = FileSegmentStore,
         **config: Any,
     ) -> Runtime:
         faults = faults or Faults()
@@ -70,7 +72,7 @@ def open_store(tmp_path: Path, model: Any, tokenizer: Any) -> OpenStore:
 
         backends = Backends(
             journal=lambda path: FaultyJournal(SqliteJournal.open(path), faults),
-            segments=lambda path: FaultySegmentStore(FileSegmentStore(path), faults),
+            segments=lambda path: FaultySegmentStore(segments(path), faults),
             snapshots=lambda path: FaultySegmentStore(FileSegmentStore(path), faults, "snapshots"),
             index=index,
         )

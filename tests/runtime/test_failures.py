@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 
 import anyio
 import pytest
@@ -17,6 +18,8 @@ from memtier.errors import (
 )
 from memtier.reader import Reader
 from memtier_backends.faults import Faults
+from memtier_backends.layout import session_folder
+from memtier_backends.segments import FileSegmentStore
 
 pytestmark = pytest.mark.anyio
 
@@ -81,6 +84,33 @@ async def test_a_failing_session_stops_no_other(open_store, ids) -> None:
             await good.observe(ids)
             await good.flush()
             assert runtime.stats().sessions[0].failure is None
+
+
+async def test_a_disk_that_hangs_for_one_session_holds_up_no_other(open_store, ids, tmp_path) -> None:
+    released, hung = threading.Event(), []
+
+    class HangingStore(FileSegmentStore):
+        def put(self, name: str, data: bytes) -> None:
+            if hung and hung[0] == self.folder:
+                released.wait(30)
+            super().put(name, data)
+
+    with anyio.fail_after(60):
+        async with open_store(segments=HangingStore) as runtime:
+            slow, quick = await runtime.session("slow"), await runtime.session("quick")
+            hung.append(session_folder(tmp_path / "store", "default", "slow") / "segments")
+            try:
+                await slow.observe(ids[:200])
+                await quick.observe(ids[:200])
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(slow.flush)
+                    await quick.flush()
+                    assert quick.stats().inbox_blocks == 0
+                    assert slow.stats().inbox_blocks > 0
+                    released.set()
+            finally:
+                released.set()
+            assert slow.stats().inbox_blocks == 0
 
 
 async def test_a_commit_that_fails_acknowledges_nothing(open_store, ids) -> None:

@@ -66,6 +66,13 @@ def _plain(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any
     return call
 
 
+def _signed_as(
+    method: Callable[Concatenate[Any, P], Any],
+) -> Callable[[Callable[..., R]], Callable[Concatenate[Any, P], R]]:
+    """`functools.wraps`, in a type that stays a method."""
+    return wraps(method)
+
+
 class SyncGeneration(_Blocking):
     """See `Generation`; a plain iterator."""
 
@@ -137,7 +144,7 @@ class SyncSession(_Blocking):
     blocks = _plain(Session.blocks)
     stats = _plain(Session.stats)
 
-    @wraps(Session.generate)
+    @_signed_as(Session.generate)
     def generate(self, *args: Any, **kwargs: Any) -> SyncGeneration:
         return SyncGeneration(self._portal.call(partial(self._inner.generate, *args, **kwargs)), self._portal)
 
@@ -173,7 +180,7 @@ class SyncRuntime:
         if stack is not None:
             stack.__exit__(kind, error, trace)
 
-    @wraps(Runtime.session)
+    @_signed_as(Runtime.session)
     def session(self, *args: Any, **kwargs: Any) -> SyncSession:
         session = self._portal.call(partial(self._inner.session, *args, **kwargs))
         return self._sessions.setdefault(id(session), SyncSession(session, self._portal))

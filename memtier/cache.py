@@ -1,7 +1,7 @@
 """TieredCache: everything a session carries on the device, in the shape of a transformers Cache.
 
-Its tensors have fixed sizes, whatever the position. Blocks that leave the window go to a `SpanSelector`; without one they are
-kept in host memory (`HostSpanSelector`), so the cache also works by itself in ``model.generate``.
+Its tensors have fixed sizes, whatever the position. Blocks that leave the window go to a `SpanSelector`; without one
+they are kept in host memory (`HostSpanSelector`), so the cache also works by itself in ``model.generate``.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TieredCache(Cache):
         self.boundary = -1
         self.marks: set[int] = set()
         self.states: list[LayerState] = _empty_states(
-            config, self.settings, batch_size, torch.device(device or "cpu"), dtype or config.dtype or torch.float32
+            config, self.settings, batch_size, torch.device(device or "cpu"), dtype or _model_dtype(config)
         )
         self._collect = selector is not None and batch_size == 1
         self._sealed: dict[int, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
@@ -152,10 +152,15 @@ class TieredCache(Cache):
                 index = first + i
                 blocks.append(
                     MemoryBlock(
-                        index, index * block, (index + 1) * block, tuple(p[1][0, i] for p in parts),
-                        tuple(p[2][0, i] for p in parts), tuple(p[3][0, i] for p in parts), label[i],
-                    )  # fmt: skip
-                )
+                        index,
+                        index * block,
+                        (index + 1) * block,
+                        tuple(p[1][0, i] for p in parts),
+                        tuple(p[2][0, i] for p in parts),
+                        tuple(p[3][0, i] for p in parts),
+                        label[i],
+                    )
+                )  # fmt: skip
         return blocks
 
     def clone(self, selector: SpanSelector) -> TieredCache:
@@ -185,8 +190,8 @@ class TieredCache(Cache):
         mine = self.state_dict()
         if missing := sorted(set(mine) ^ set(tensors)):
             raise IncompatibleMemoryError(
-                f"the saved state and this model differ in {len(missing)} tensors, first {missing[0]!r}. It was saved by "
-                "another model or memory config."
+                f"the saved state and this model differ in {len(missing)} tensors, first {missing[0]!r}. "
+                "It was saved by another model or memory config."
             )
         for name, value in mine.items():
             other = tensors[name]
@@ -194,12 +199,10 @@ class TieredCache(Cache):
             flexible = name == "marks" or ".span_" in name
             if other.dtype != value.dtype or (other.shape != value.shape and not flexible):
                 raise IncompatibleMemoryError(
-                    f"saved tensor {name!r} is {tuple(other.shape)} {other.dtype}; this model needs {tuple(value.shape)} "
-                    f"{value.dtype}. It was saved by another model, memory config or dtype."
+                    f"saved tensor {name!r} is {tuple(other.shape)} {other.dtype}; this model needs "
+                    f"{tuple(value.shape)} {value.dtype}. It was saved by another model, memory config or dtype."
                 )
-        self.states = [
-            _unflatten(state, f"layers.{i}.", tensors, self.device) for i, state in enumerate(self.states)
-        ]
+        self.states = [_unflatten(state, f"layers.{i}.", tensors, self.device) for i, state in enumerate(self.states)]
         self.position, self.boundary = int(tensors["position"]), int(tensors["boundary"])
         self.marks = set(tensors["marks"].tolist())
         self._sealed = {}
@@ -226,7 +229,7 @@ class TieredCache(Cache):
         return window_start(self.settings, max(self.boundary, 0)), self.position
 
     def eidetic(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (n,) int64 and innovation (n,) of the eidetic tokens of a layer, on the CPU; empty if it has none."""
+        """Positions (n,) int64 and innovation (n,) of the eidetic tokens of a layer, on the CPU; maybe none."""
         state = self.states[layer]
         if not isinstance(state, MixerState):
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
@@ -238,7 +241,7 @@ class TieredCache(Cache):
         return {name: value.detach().to("cpu", copy=True) for name, value in _flatten(self.states[layer])}
 
     def half_life(self, layer: int) -> float | None:
-        """Tokens after which the fading memory of a layer has halved, by the mean decay of the last step; None without one."""
+        """Tokens in which the fading memory of a layer halves, by the mean decay of the last step; None without one."""
         state = self.states[layer]
         fading = state if isinstance(state, Mamba2State) else state.fading
         if fading is None or not fading.log_decay_tokens:
@@ -259,10 +262,14 @@ class TieredCache(Cache):
             scores = state.attention.span_scores[0].tolist()
             out.append(
                 SpanSelection(
-                    layer, self.boundary, tuple(ids[i] for i in kept), tuple(scores[i] for i in kept),
-                    tuple((ids[i] * block, (ids[i] + 1) * block) for i in kept), tuple(mass[i] for i in kept),
-                )  # fmt: skip
-            )
+                    layer,
+                    self.boundary,
+                    tuple(ids[i] for i in kept),
+                    tuple(scores[i] for i in kept),
+                    tuple((ids[i] * block, (ids[i] + 1) * block) for i in kept),
+                    tuple(mass[i] for i in kept),
+                )
+            )  # fmt: skip
         return out
 
     def attention_mass(self) -> dict[int, dict[str, float]]:
@@ -296,7 +303,7 @@ class TieredCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep the rows named by `beam_idx`, as beam search asks."""
         if not isinstance(self.selector, HostSpanSelector):
-            raise ModelError("beam search needs a cache of its own: pass no selector. A session has one line of tokens.")
+            raise ModelError("beam search needs a cache without a selector: a session has one line of tokens.")
         self.selector.reorder(beam_idx)
         self.states = [_map(s, lambda t: t if t.dim() == 1 else t.index_select(0, beam_idx)) for s in self.states]
 
@@ -307,9 +314,11 @@ class TieredCache(Cache):
         )
         self.__dict__.update(fresh.__dict__)
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         """Refused: a recurrent state cannot be cut."""
-        raise ModelError("a TieredCache cannot be cropped: its recurrent state has no way back. Clone it before the step.")
+        raise ModelError(
+            "a TieredCache cannot be cropped: a recurrent state has no way back. Clone it before the step."
+        )
 
     def _dtype(self) -> torch.dtype:
         state = self.states[0]
@@ -332,6 +341,11 @@ def _empty_states(
         else:
             states.append(mixer.empty_state(batch, device, dtype))
     return states
+
+
+def _model_dtype(config: BMojoConfig) -> torch.dtype:
+    named = config.dtype or torch.float32
+    return getattr(torch, named) if isinstance(named, str) else named
 
 
 def _flatten(state: Any, prefix: str = "", *, numbers: bool = True) -> list[tuple[str, torch.Tensor]]:

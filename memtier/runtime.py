@@ -1,7 +1,7 @@
 """A store, opened with a model: the threads, the updater tasks, and the sessions.
 
-Two threads serve all sessions: the model's owns every tensor, the journals' owns SQLite. Each session packs and writes its
-files on a thread of its own, so a slow disk holds up no other session.
+Two threads serve all sessions: the model's owns every tensor, the journals' owns SQLite. Each session packs and
+writes its files on a thread of its own, so a slow disk holds up no other session.
 """
 
 from __future__ import annotations

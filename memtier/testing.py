@@ -28,4 +28,5 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: A
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = BMojoForCausalLM(tiny_config(**overrides))
-    return model.to(dtype).eval()
+    torch.nn.Module.to(model, dtype)
+    return model.eval()

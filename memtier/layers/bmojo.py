@@ -1,7 +1,9 @@
-"""The B'MOJO mixer: window, fading, eidetic and span memory read in one softmax (Zancato et al. 2024; Nunez et al. 2024).
+"""The B'MOJO mixer: window, fading, eidetic and span memory read in one softmax.
 
-One module serves every choice: without fading memory it is window attention, without far memories B'MOJO-F. The sizes come
-with the plan of a step, so one set of weights can be read under several memory settings. Letters: `memtier.blocks`.
+Sources: Zancato et al. 2024 (B'MOJO), Nunez et al. 2024 (expansion span).
+
+One module serves every choice: without fading memory it is window attention, without far memories B'MOJO-F. The sizes
+come with the plan of a step, so one set of weights can be read under several settings. Letters: `memtier.blocks`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from memtier.layers.distill import distillation_loss
-from memtier.layers.mamba2 import Mamba2, Mamba2State
+from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_retrieved, span_step
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan
@@ -44,7 +46,7 @@ class MixerLosses:
 class BMojoMixer(nn.Module):
     """(B, T, E) -> (B, T, E). `config` is a BMojoConfig; `fading` turns the recurrent part on."""
 
-    def __init__(self, config, layer: int, *, fading: bool) -> None:  # noqa: ANN001
+    def __init__(self, config, layer: int, *, fading: bool) -> None:
         super().__init__()
         self.layer = layer
         self.heads, self.kv_heads, self.head_dim = (
@@ -65,7 +67,7 @@ class BMojoMixer(nn.Module):
         # P of the innovation test: the next input predicted from the fading memory
         self.predictor = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if fading else None
 
-    def empty_state(self, settings, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:  # noqa: ANN001
+    def empty_state(self, settings, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         """The state before the first token, under the given MemorySettings."""
         attention = empty_attention_state(
             batch, settings=settings, kv_heads=self.kv_heads, head_dim=self.head_dim,
@@ -75,7 +77,13 @@ class BMojoMixer(nn.Module):
         return MixerState(attention, None if self.fading is None else self.fading.empty_state(batch, device, dtype))
 
     def forward(
-        self, h: torch.Tensor, plan: StepPlan, state: MixerState | None, memory: LayerMemory | None, *, dense: bool = False
+        self,
+        h: torch.Tensor,
+        plan: StepPlan,
+        state: MixerState | None,
+        memory: LayerMemory | None,
+        *,
+        dense: bool = False,
     ) -> tuple[torch.Tensor, MixerState | None, MixerLosses]:
         """Read a step.
 
@@ -126,7 +134,8 @@ class BMojoMixer(nn.Module):
                 table = chosen.table
                 if span is not None and span_ids is not None:
                     table = hide_retrieved(chosen, span_ids, settings.span_block_tokens)
-                eidetic, positions = Paged(chosen.keys.unsqueeze(2), chosen.values.unsqueeze(2), table), chosen.positions
+                eidetic = Paged(chosen.keys.unsqueeze(2), chosen.values.unsqueeze(2), table)
+                positions = chosen.positions
         sinks, sink_changes = self._sinks(k, v, plan, carried)
         changes.update(sink_changes)
         far: Paged | Band | None = span
@@ -139,23 +148,28 @@ class BMojoMixer(nn.Module):
             torch.arange(tokens, device=h.device) + (prefix + 1),
         )  # fmt: skip
         sources = Sources(window, fading, sinks, eidetic, far, positions, span_ids)
-        read = rotate_sources(q, sources, plan, self.theta, self._far_sizes(settings), carried is not None)
-        result = span_attention(**read, group=plan.group)
+        near_q, far_q, sources = rotate_sources(
+            q, sources, plan, self.theta, self._far_sizes(settings), carried is not None
+        )
+        result = span_attention(
+            near_q, q_far=far_q, group=plan.group, window=sources.window, fading=sources.fading, sinks=sources.sinks,
+            eidetic=sources.eidetic, span=sources.span,
+        )  # fmt: skip
         out = self.o_proj(result.out.to(h.dtype).flatten(2))
-        if dense and isinstance(far, Band):
-            losses = replace(losses, span=distillation_loss(read["q_far"], read["span"], result.lse, queries, k, plan))
+        if isinstance(sources.span, Band):
+            losses = replace(losses, span=distillation_loss(far_q, sources.span, result.lse, queries, k, plan))
         if carried is None:
             return out, None, losses
         zero = result.lse.new_zeros(())
         share = [(result.parts[s] - result.lse).exp().mean() if s in result.parts else zero for s in SOURCES]
         changes["mass"] = torch.stack(share)
-        if isinstance(read["span"], Paged):
-            changes["span_mass"] = block_mass(read["q_far"][:, -1], result.lse[:, -1], read["span"])
+        if isinstance(sources.span, Paged):
+            changes["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], sources.span)
         elif "span_ids" in changes:
             changes["span_mass"] = zero.expand(changes["span_ids"].shape).clone()
         return out, MixerState(replace(carried, **changes), f_state), losses
 
-    def _far_sizes(self, settings) -> tuple[int, int, int]:  # noqa: ANN001
+    def _far_sizes(self, settings) -> tuple[int, int, int]:
         """Tokens that sinks, eidetic and span can take in this layer."""
         eidetic = 0 if self.fading is None else settings.eidetic_tokens
         memory = self.layer in settings.memory_layers
@@ -179,7 +193,7 @@ class BMojoMixer(nn.Module):
     def _fading_band(
         self, f: torch.Tensor, plan: StepPlan, carried: AttentionState | None
     ) -> tuple[Band, dict[str, torch.Tensor]]:
-        """Keys of the fading memory, seen for the W positions before the window; each stands for all that came before it."""
+        """Keys of the fading memory, seen for the W positions before the window; each stands for all before it."""
         k = self.k_proj(f).unflatten(2, (self.kv_heads, self.head_dim))
         v = self.v_proj(f).unflatten(2, (self.kv_heads, self.head_dim)).to(f.dtype)
         k = (k if self.k_norm is None else self.k_norm(k)).to(f.dtype)

@@ -1,8 +1,8 @@
 """Teaching landmarks: attention over all sealed blocks shows which of them a query needs.
 
-A hard top-K passes no gradient to the choice. While far attention is dense, the share of attention that each block received is
-the target of the scores by which blocks will be chosen: ``KL(stopgrad(mass per block) || softmax(score))``, a boundary at a
-time, weighted by how much the group looked far at all.
+A hard top-K passes no gradient to the choice. While far attention is dense, the share of attention that each block
+received is the target of the scores by which blocks will be chosen: ``KL(stopgrad(mass per block) || softmax(score))``,
+a boundary at a time, weighted by how much the group looked far at all.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Mamba2State:
     log_decay: torch.Tensor
     log_decay_tokens: int = 0
 
-    def map(self, fn) -> Mamba2State:  # noqa: ANN001  (a function of a tensor)
+    def map(self, fn) -> Mamba2State:
         """The same state with `fn` applied to each tensor."""
         changed = {f.name: fn(getattr(self, f.name)) for f in fields(self) if f.name != "log_decay_tokens"}
         return replace(self, **changed)
@@ -91,7 +91,7 @@ class Mamba2(nn.Module):
         dt = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
         y, ssm, log_decay = ssd(
             x.reshape(batch, tokens, self.heads, self.head_dim), dt, -self.A_log.to(wide).exp(),
-            B.reshape(batch, tokens, self.groups, self.state_size), C.reshape(batch, tokens, self.groups, self.state_size),
+            B.reshape(batch, tokens, self.groups, -1), C.reshape(batch, tokens, self.groups, -1),
             D=self.D, state=None if state is None else state.ssm, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
         f = self.out_proj(self.norm(y.reshape(batch, tokens, self.inner), gate))

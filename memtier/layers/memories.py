@@ -1,7 +1,7 @@
 """The far memories of an attention layer: eidetic slots, and the expansion span retrieved from sealed blocks.
 
-Both are chosen at boundaries, from what has left the window before the boundary, so what a token sees is a function of tokens
-up to itself. Shape letters: `memtier.blocks`; R is the number of groups in the step.
+Both are chosen at boundaries, from what has left the window before the boundary, so what a token sees is a function
+of tokens up to itself. Shape letters: `memtier.blocks`; R is the number of groups in the step.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor |
 
 @dataclass(frozen=True)
 class SpanStep:
-    """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their numbers."""
+    """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their
+    numbers."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -155,7 +156,7 @@ class SpanStep:
             "span_scores": self.scores[:, -1].clone(),
         }
 
-    def paged(self, settings) -> Paged:  # noqa: ANN001  (MemorySettings)
+    def paged(self, settings) -> Paged:
         """As a source of attention; sinks inside a retrieved block are masked, since they are always seen."""
         mask = None
         if settings.sink_tokens:
@@ -171,8 +172,8 @@ def span_step(
 ) -> SpanStep | None:  # fmt: skip
     """Seal the blocks that left the window, choose a span for every new boundary, and fetch it.
 
-    Without a `memory` (a plain forward pass over a whole sequence) the blocks of the sequence itself are the store. K and V
-    of a sealed block are rounded to the storage dtype in both cases, so the two give the same numbers.
+    Without a `memory` (a plain forward pass over a whole sequence) the blocks of the sequence itself are the store. K
+    and V of a sealed block are rounded to the storage dtype in both cases, so the two give the same numbers.
     """
     settings = plan.settings
     block, k = settings.span_block_tokens, settings.span_blocks
@@ -235,7 +236,7 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged) -> torch.Tensor:
     Returns:
         (B, K), 0 where there is no block.
     """
-    batch, heads, size = q.shape
+    batch, _, size = q.shape
     block, kv_heads = span.k.shape[2:4]
     table = span.table[:, -1]
     keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].flatten(1, 2)

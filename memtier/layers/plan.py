@@ -1,7 +1,7 @@
 """Where one step stands in the stream: its boundaries, groups, windows and the blocks it seals.
 
-All layers of a step share one plan. It is a function of absolute positions and marks only, never of how the stream was cut
-into calls. A group is the run of tokens served by one boundary; group g sees the window [lo_g, i].
+All layers of a step share one plan. It is a function of absolute positions and marks only, never of how the stream
+was cut into calls. A group is the run of tokens served by one boundary; group g sees the window [lo_g, i].
 """
 
 from __future__ import annotations

@@ -38,21 +38,22 @@ class Sources:
 
 
 def rotate_sources(
-    q: torch.Tensor, sources: Sources, plan: StepPlan, theta: float | None, far_sizes: tuple[int, int, int], carried: bool
-) -> dict[str, torch.Tensor | Band | Paged | None]:
-    """Arguments of `span_attention`.
+    q: torch.Tensor,
+    sources: Sources,
+    plan: StepPlan,
+    theta: float | None,
+    far_sizes: tuple[int, int, int],
+    carried: bool,
+) -> tuple[torch.Tensor, torch.Tensor, Sources]:
+    """Queries for the near sources, queries for the far ones, and the sources, rotated to fit.
 
     Args:
         q: (B, T, H, D).
         far_sizes: tokens reserved for sinks, eidetic and span in the compact layout; the same in every step.
         carried: True if the bands begin with the rings of a carried state.
     """
-    read: dict[str, torch.Tensor | Band | Paged | None] = {
-        "q": q, "q_far": q, "window": sources.window, "fading": sources.fading, "sinks": sources.sinks,
-        "eidetic": sources.eidetic, "span": sources.span,
-    }  # fmt: skip
     if theta is None:
-        return read
+        return q, q, sources
     settings: MemorySettings = plan.settings
     size, device = q.shape[-1], q.device
     # position of token plan.start + t is base + t: the oldest entry of the longest ring has position 0
@@ -66,35 +67,36 @@ def rotate_sources(
         return replace(band, k=turn(band.k, torch.arange(band.k.shape[1], device=device) + first))
 
     now = torch.arange(q.shape[1], device=device) + base
-    read["q"], read["window"] = turn(q, now), turn_band(sources.window)
-    read["fading"] = None if sources.fading is None else turn_band(sources.fading)
+    fading = None if sources.fading is None else turn_band(sources.fading)
+    near, sources = turn(q, now), replace(sources, window=turn_band(sources.window), fading=fading)
     if settings.far_positions == "none":
-        return read
-    if settings.far_positions == "true" or isinstance(sources.span, Band):
-        read["q_far"] = read["q"]
+        return near, q, sources
+    sinks, eidetic, span = sources.sinks, sources.eidetic, sources.span
+    if settings.far_positions == "true" or isinstance(span, Band):
         shift = base - plan.start
-        if isinstance(sources.span, Band):
-            read["span"] = turn_band(sources.span)
-        elif sources.span is not None and sources.span_ids is not None:
-            read["span"] = _turn_span(sources.span, sources.span_ids, shift, turn)
-        if sources.eidetic is not None and sources.eidetic_positions is not None:
-            pool = turn(sources.eidetic.k, sources.eidetic_positions[..., None] + shift)
-            read["eidetic"] = replace(sources.eidetic, k=pool)
-        if sources.sinks is not None:
-            places = torch.arange(sources.sinks.k.shape[1], device=device)[:, None] + shift
-            read["sinks"] = replace(sources.sinks, k=turn(sources.sinks.k, places))
-        return read
-    read["q_far"] = turn(q, now - base + plan.start - plan.lo_token + settings.window_tokens + sum(far_sizes))
-    for i, name in enumerate(("sinks", "eidetic", "span")):
-        source = read[name]
-        if isinstance(source, Paged):
-            place = torch.arange(source.table.shape[2] * source.k.shape[2], device=device) + sum(far_sizes[:i])
-            cos, sin = rotary_table(place, size, theta, q.dtype)
-            read[name] = replace(source, cos=cos, sin=sin)
-    return read
+        if isinstance(span, Band):
+            span = turn_band(span)
+        elif span is not None and sources.span_ids is not None:
+            span = _turn_span(span, sources.span_ids, shift, turn)
+        if eidetic is not None and sources.eidetic_positions is not None:
+            eidetic = replace(eidetic, k=turn(eidetic.k, sources.eidetic_positions[..., None] + shift))
+        if sinks is not None:
+            sinks = replace(sinks, k=turn(sinks.k, torch.arange(sinks.k.shape[1], device=device)[:, None] + shift))
+        return near, near, replace(sources, sinks=sinks, eidetic=eidetic, span=span)
+
+    def by_place(source: Paged | None, first: int) -> Paged | None:
+        if source is None:
+            return None
+        place = torch.arange(source.table.shape[2] * source.k.shape[2], device=device) + first
+        cos, sin = rotary_table(place, size, theta, q.dtype)
+        return replace(source, cos=cos, sin=sin)
+
+    far = turn(q, now - base + plan.start - plan.lo_token + settings.window_tokens + sum(far_sizes))
+    sinks, eidetic = by_place(sinks, 0), by_place(eidetic, far_sizes[0])
+    return near, far, replace(sources, sinks=sinks, eidetic=eidetic, span=by_place(span, sum(far_sizes[:2])))
 
 
-def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:  # noqa: ANN001  (the closure of rotate_sources)
+def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:
     """The span with one pool entry a table entry, each rotated to the distance of its own tokens."""
     batch, rows, blocks = span.table.shape
     block = span.k.shape[2]
@@ -102,4 +104,6 @@ def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:  # no
     line = torch.arange(batch, device=ids.device)[:, None]
     positions = ids.clamp(min=0).flatten(1)[..., None] * block + torch.arange(block, device=ids.device) + shift
     table = torch.arange(rows * blocks, device=ids.device).reshape(rows, blocks).expand(batch, -1, -1)
-    return replace(span, k=turn(span.k[line, take], positions), v=span.v[line, take], table=table.masked_fill(ids < 0, -1))
+    return replace(
+        span, k=turn(span.k[line, take], positions), v=span.v[line, take], table=table.masked_fill(ids < 0, -1)
+    )

@@ -1,4 +1,4 @@
-"""Rotary position embedding at positions the caller gives (Su et al. 2021), in the half-split layout of transformers."""
+"""Rotary position embedding (Su et al. 2021) at positions the caller gives, in the half-split layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ __all__ = ["apply_rotary", "rotary_table"]
 def rotary_table(
     positions: torch.Tensor, size: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for positions (...,): two (..., size) tensors. Angles are float64: small and few, so always exact."""
+    """Cosines and sines for positions (...,): two (..., size) tensors. Angles are float64: small and few, so always
+    exact."""
     frequency = theta ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
     angle = positions.to(torch.float64)[..., None] * frequency
     angle = torch.cat([angle, angle], dim=-1)

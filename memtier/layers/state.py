@@ -1,8 +1,8 @@
-"""What an attention layer carries from one step to the next. Omit a field, and splitting or restoring is silently wrong.
+"""What an attention layer carries between steps. Omit a field, and splitting or restoring is silently wrong.
 
-Every tensor has a fixed size, so device memory does not grow with the stream. Rings are kept in order: the newest token is the
-last entry; entries before the session's first token are zeros that no mask lets through. Shape letters: `memtier.blocks`; R is
-the ring W + S + r, and the fading ring is W + R.
+Every tensor has a fixed size, so device memory does not grow with the stream. Rings are kept in order: the newest
+token is the last entry; entries before the session's first token are zeros that no mask lets through. Shape letters:
+`memtier.blocks`; R is the ring W + S + r, and the fading ring is W + R.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def empty_attention_state(
     return AttentionState(
         keys=kv(ring), values=kv(ring), innovation=zeros(ring, kind=full),
         fading_keys=kv(fading_ring), fading_values=kv(fading_ring), last_fading=zeros(hidden_size),
-        key_tail=zeros(tail, channels), value_tail=zeros(tail, channels), query_tail=zeros(stride - 1, channels, kind=full),
-        eidetic_keys=kv(eidetic), eidetic_values=kv(eidetic), eidetic_innovation=zeros(eidetic, kind=full),
+        key_tail=zeros(tail, channels), value_tail=zeros(tail, channels), query_tail=zeros(stride - 1, channels,
+        kind=full), eidetic_keys=kv(eidetic), eidetic_values=kv(eidetic), eidetic_innovation=zeros(eidetic, kind=full),
         eidetic_positions=zeros(eidetic, kind=torch.int64) - 1,
         sink_keys=kv(settings.sink_tokens), sink_values=kv(settings.sink_tokens),
         span_keys=kv(blocks, settings.span_block_tokens), span_values=kv(blocks, settings.span_block_tokens),

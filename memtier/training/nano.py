@@ -27,8 +27,8 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 
 # What the package may carry.
 MOST_BYTES = 12_000_000
-NANO_MINUTES = 70.0
-NANO = LoopSettings(minutes=NANO_MINUTES)
+NANO_MINUTES = 85.0
+NANO = LoopSettings(minutes=NANO_MINUTES, dense_until=0.7)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +51,21 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "hidden_size": 192,
         "num_hidden_layers": 4,
         "layer_types": ["mamba2", "bmojo", "mamba2", "bmojo"],
-        "memory_layers": [1, 3],
+        "memory_layers": [3],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 48,
         "intermediate_size": 384,
         "window_tokens": 128,
-        "sink_tokens": 4,
+        "sink_tokens": 0,
         "eidetic_tokens": 32,
-        "span_block_tokens": 16,
+        "span_block_tokens": 32,
         "span_refresh_tokens": 16,
         "span_blocks": 8,
+        "far_positions": "none",
+        "rope_theta": None,
         "kv_conv_size": 4,
-        "qk_norm": True,
+        "ssm_expand": 1,
         "tie_word_embeddings": True,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,

@@ -1,11 +1,11 @@
 """make_inputs draws valid arguments for every door."""
 
-import memtier_kernels
 import pytest
 import torch
-from memtier_kernels.testing import OPS, make_inputs
 
+import memtier_kernels
 from memtier.errors import ConfigError
+from memtier_kernels.testing import OPS, make_inputs
 
 
 def tensors(value):

@@ -1,15 +1,15 @@
 """causal_conv1d, landmarks, select_blocks, innovation, keep_surprising, and the doors."""
 
-import memtier_kernels
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import memtier_kernels
+from memtier.errors import ConfigError, KernelError
 from memtier_kernels import causal_conv1d, innovation, keep_surprising, landmarks, select_blocks
 from memtier_kernels.dispatch import compact_indices
-
-from memtier.errors import ConfigError, KernelError
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 65])
@@ -81,7 +81,7 @@ def test_compact_indices_gives_the_first_true_entries():
     assert compact_indices(mask, 2).tolist() == [[0, 2], [-1, -1]]
 
 
-@pytest.mark.parametrize("impl,error", [("triton", KernelError), ("fastest", ConfigError)])
+@pytest.mark.parametrize(("impl", "error"), [("triton", KernelError), ("fastest", ConfigError)])
 def test_a_forced_implementation_never_falls_back(impl, error):
     with pytest.raises(error, match=impl):
         innovation(torch.ones(1, 1, 2), torch.ones(1, 1, 2), impl=impl)

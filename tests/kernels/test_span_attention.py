@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from memtier_kernels import Band, Paged, merge, span_attention
 
 B, H, D = 2, 4, 6
@@ -36,7 +37,9 @@ def make_sources(tokens, kv_heads, seed=0, dtype=torch.float64):
 def keys_of_token(source, b, t, row):
     """The keys and values one query sees, in the plainest way."""
     if isinstance(source, Band):
-        return source.k[b, int(source.start[t]) : int(source.end[t])], source.v[b, int(source.start[t]) : int(source.end[t])]
+        return source.k[b, int(source.start[t]) : int(source.end[t])], source.v[
+            b, int(source.start[t]) : int(source.end[t])
+        ]
     row = 0 if source.table.shape[1] == 1 else row
     ks, vs = [], []
     for place, block in enumerate(source.table[b, row].tolist()):
@@ -112,7 +115,8 @@ def test_a_row_that_sees_nothing_gives_zero_not_nan():
     assert done.out.abs().sum() == 0
     assert bool((done.lse == float("-inf")).all())
     done.out.sum().backward()
-    assert q.grad is not None and bool(q.grad.isfinite().all())
+    assert q.grad is not None
+    assert bool(q.grad.isfinite().all())
     assert span_attention(q).out.abs().sum() == 0
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from memtier_kernels import ssd
 from memtier_kernels.ssd.reference import ssd_recurrent
 

@@ -66,7 +66,8 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_none(far):
 def test_dense_far_attention_teaches_landmarks():
     model, x = tiny_model().train(), tokens()
     out = model(x, labels=x, far_attention="dense")
-    assert out.span_loss is not None and float(out.span_loss) > 0
+    assert out.span_loss is not None
+    assert float(out.span_loss) > 0
     assert model(x, labels=x).span_loss is None
     weight = model.model.layers[1].mixer.k_proj.weight
     with_loss = torch.autograd.grad(out.loss, weight)[0]
@@ -85,7 +86,7 @@ def test_loss_weights_choose_what_counts():
 
 
 @pytest.mark.parametrize(
-    "overrides,word",
+    ("overrides", "word"),
     [
         ({"layer_types": ["bmojo"]}, "layer_types"),
         ({"layer_types": ["bmojo", "bmojo", "mamba3"]}, "layer_types"),

@@ -37,8 +37,7 @@ def stream(model, x, cuts, *, dtype=torch.float64):
     for mark in MARKS:
         cache.mark(mark)
     logits = [
-        model(x[:, a:b], past_key_values=cache).logits
-        for a, b in zip([0, *cuts], [*cuts, x.shape[1]], strict=True)
+        model(x[:, a:b], past_key_values=cache).logits for a, b in zip([0, *cuts], [*cuts, x.shape[1]], strict=True)
     ]
     return torch.cat(logits, dim=1), cache
 

@@ -27,13 +27,15 @@ def read(model, x, **options):
 def test_sealed_blocks_come_once_in_order_and_own_their_memory(model):
     cache, _ = read(model, tokens(60), selector=HostSpanSelector())
     blocks = cache.take_sealed()
-    assert [b.index for b in blocks] == list(range(len(blocks))) and len(blocks) >= 10
+    assert [b.index for b in blocks] == list(range(len(blocks)))
+    assert len(blocks) >= 10
     assert cache.take_sealed() == []
     settings = cache.settings
     for block in blocks:
         assert (block.start, block.end) == (4 * block.index, 4 * block.index + 4)
         assert len(block.keys) == len(settings.memory_layers)
-        assert block.keys[0].dtype == torch.float16 and block.innovation.shape == (4,)
+        assert block.keys[0].dtype == torch.float16
+        assert block.innovation.shape == (4,)
     kept = [b.keys[0].clone() for b in blocks]
     with torch.inference_mode():
         model(tokens(60, 1), past_key_values=cache)
@@ -64,14 +66,15 @@ def test_a_clone_shares_no_tensor_and_changes_nothing(model):
     assert not pointers & {t.untyped_storage().data_ptr() for t in copy.state_dict().values() if t.numel() > 1}
     with torch.inference_mode():
         model(tokens(3, 1), past_key_values=copy)
-    assert copy.position == 73 and cache.position == 70
+    assert copy.position == 73
+    assert cache.position == 70
     assert all(torch.equal(before[name], value) for name, value in cache.state_dict().items())
 
 
 def test_a_state_of_another_model_is_refused_by_name(model):
     cache, _ = read(model, tokens(10))
     saved = cache.state_dict()
-    with pytest.raises(IncompatibleMemoryError, match="attention.keys"):
+    with pytest.raises(IncompatibleMemoryError, match=r"attention\.keys"):
         TieredCache(tiny_model(window_tokens=20).config, dtype=torch.float64).load_state_dict(saved)
     with pytest.raises(IncompatibleMemoryError, match="float32"):
         TieredCache(model.config, dtype=torch.float32).load_state_dict(saved)
@@ -83,18 +86,22 @@ def test_a_state_of_another_model_is_refused_by_name(model):
 def test_reports_show_contents(model):
     cache, _ = read(model, tokens(120))
     start, end = cache.window()
-    assert end == 120 and 16 <= end - start <= cache.settings.ring_tokens
+    assert end == 120
+    assert 16 <= end - start <= cache.settings.ring_tokens
     positions, innovation = cache.eidetic(1)
-    assert len(positions) == len(innovation) == 6 and bool((positions < start).all())
+    assert len(positions) == len(innovation) == 6
+    assert bool((positions < start).all())
     assert cache.eidetic(0)[0].numel() == 0
     selections = cache.last_selection()
     assert [s.layer for s in selections] == [1, 2]
     mass = cache.attention_mass()
     for selection in selections:
         assert len(selection.block_ids) == 2 == len(selection.attention_mass)
-        assert all(0 <= share <= 1 for share in selection.attention_mass) and sum(selection.attention_mass) > 0
+        assert all(0 <= share <= 1 for share in selection.attention_mass)
+        assert sum(selection.attention_mass) > 0
         assert abs(sum(mass[selection.layer].values()) - 1) < 1e-9
-    assert cache.half_life(0) > 0 and "ssm" in cache.layer_state(0)
+    assert cache.half_life(0) > 0
+    assert "ssm" in cache.layer_state(0)
 
 
 def test_the_mass_by_block_sums_to_the_mass_of_the_span_for_one_token(model):
@@ -113,7 +120,8 @@ def test_non_finite_weights_raise_before_a_block_is_stored():
         model.model.layers[1].mixer.k_proj.weight[0, 0] = float("nan")
     with torch.inference_mode(), pytest.raises(ModelError, match="non-finite"):
         model(tokens(60), past_key_values=cache)
-    assert cache.take_sealed() == [] and cache.position == 0
+    assert cache.take_sealed() == []
+    assert cache.position == 0
 
 
 def test_what_a_recurrent_memory_cannot_do_is_refused(model):

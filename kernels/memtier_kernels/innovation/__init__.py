@@ -28,8 +28,8 @@ def keep_surprising(
 ) -> torch.Tensor:
     """For each row, the m candidates of highest innovation among those at a position below ``before``.
 
-    The rule is a static top-m, so choosing among the survivors of an earlier choice and the newcomers gives what choosing
-    among all would; ties: the older stays.
+    The rule is a static top-m, so choosing among the survivors of an earlier choice and the newcomers gives what
+    choosing among all would; ties: the older stays.
 
     Args:
         innovation: (B, n), finite.

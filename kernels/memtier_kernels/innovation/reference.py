@@ -18,9 +18,7 @@ def innovation(h: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     return (h - predicted).square().sum(-1) / (h.square().sum(-1) + EPSILON)
 
 
-def keep_surprising(
-    innovation: torch.Tensor, positions: torch.Tensor, before: torch.Tensor, m: int
-) -> torch.Tensor:
+def keep_surprising(innovation: torch.Tensor, positions: torch.Tensor, before: torch.Tensor, m: int) -> torch.Tensor:
     """See `memtier_kernels.keep_surprising`."""
     order = innovation.sort(dim=-1, descending=True, stable=True).indices
     sorted_positions = positions.gather(-1, order)[:, None]

@@ -15,8 +15,11 @@ __all__ = ["Band", "Paged", "SpanAttentionOutput", "merge", "span_attention"]
 
 @dataclass(frozen=True)
 class SpanAttentionOutput:
-    """`out` (B, T, H, D); `lse` (B, T, H), log-sum-exp of the whole row, -inf where a row sees nothing; `parts`: the same for
-    each source alone, so that ``exp(parts[s] - lse)`` is the attention mass of source s."""
+    """What was read.
+
+    `out` is (B, T, H, D); `lse` (B, T, H) the log-sum-exp of the whole row, -inf where a row sees nothing; `parts` the
+    same for each source alone, so that ``exp(parts[s] - lse)`` is the attention mass of source s.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -50,5 +53,7 @@ def span_attention(
     """
     sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
     run = choose("span_attention", impl, reference=reference.span_attention)
-    out, lse, parts = run(q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale)
+    out, lse, parts = run(
+        q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale
+    )
     return SpanAttentionOutput(out, lse, parts)

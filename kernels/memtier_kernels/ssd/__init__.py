@@ -34,7 +34,7 @@ def ssd(
         chunk_tokens: tokens a chunk; the result does not depend on it beyond rounding.
 
     Returns:
-        y (B, T, H, P) in x's dtype; the state after the last token, (B, H, P, N) in float32 (float64 for float64 inputs);
-        the total log decay ``sum_t dt_t A``, (B, H), same dtype as the state.
+        y (B, T, H, P) in x's dtype; the state after the last token, (B, H, P, N) in float32 (float64 for float64
+        inputs); the total log decay ``sum_t dt_t A``, (B, H), same dtype as the state.
     """
     return choose("ssd", impl, reference=reference.ssd)(x, dt, A, B, C, D, state, chunk_tokens)

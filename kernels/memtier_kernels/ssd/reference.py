@@ -1,7 +1,7 @@
 """Plain torch: chunks as batched matrix products, chunk states passed on by one small matrix a head.
 
-Log decays, their sums and the states are float32 (or float64) whatever the inputs are, also under autocast: sums of decays
-in 16 bits lose the far end of the memory. Letters: c chunks, Q tokens a chunk, J heads a group.
+Log decays, their sums and the states are float32 (or float64) whatever the inputs are, also under autocast: sums of
+decays in 16 bits lose the far end of the memory. Letters: c chunks, Q tokens a chunk, J heads a group.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def ssd(
         first = added.new_zeros(batch, 1, groups, J, head, size)
     else:
         first = state.to(full).reshape(batch, 1, groups, J, head, size)
-    # sums from chunk to chunk are taken one by one: differences of one long sum would lose a slow stretch after a fast one
+    # sums from chunk to chunk are taken one by one: differences of one long sum would lose a slow stretch after a
+    # fast one
     steps = F.pad(total_cgJ.permute(0, 2, 3, 1), (1, 0))
     later = torch.ones(c + 1, c + 1, dtype=torch.bool, device=x.device).tril(-1)
     between = steps[..., :, None].masked_fill(~later, 0.0).cumsum(-2).exp().tril()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -38,7 +40,7 @@ class BMojoConfig(PreTrainedConfig):
     """
 
     model_type = "bmojo"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     vocab_size: int = 260
     hidden_size: int = 192

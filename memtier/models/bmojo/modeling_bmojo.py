@@ -192,7 +192,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ModelError(
-                "attention_mask hides tokens; B'MOJO models read whole sequences. Pass rows of one length, without padding."
+                "attention_mask hides tokens; B'MOJO models read whole sequences. "
+                "Pass rows of one length, without padding."
             )
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
@@ -208,7 +209,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         if cache is not None and not bool(logits.isfinite().all()):
             raise ModelError(
-                f"the model gave non-finite logits at tokens {cache.position - inputs_embeds.shape[1]}..{cache.position}. "
+                f"the model gave non-finite logits in the {inputs_embeds.shape[1]} tokens before {cache.position}. "
                 "Its weights or its input overflow; the cache must not be used further."
             )
         output = BMojoOutput(logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]

@@ -27,8 +27,10 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 
 # What the package may carry.
 MOST_BYTES = 12_000_000
-NANO_MINUTES = 85.0
-NANO = LoopSettings(minutes=NANO_MINUTES, dense_until=0.7)
+NANO_MINUTES = 86.0
+NANO = LoopSettings(
+    minutes=NANO_MINUTES, dense_until=0.9, decay_from=0.7, sequence_tokens=((0.4, 512), (0.75, 1024), (1.0, 2048))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "hidden_size": 192,
         "num_hidden_layers": 4,
         "layer_types": ["mamba2", "bmojo", "mamba2", "bmojo"],
-        "memory_layers": [3],
+        "memory_layers": [1],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 48,

@@ -6,8 +6,7 @@ they are kept in host memory (`HostSpanSelector`), so the cache also works by it
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import Cache
@@ -15,51 +14,17 @@ from transformers import Cache
 from memtier.blocks import MemoryBlock, MemorySettings, SpanSelection, SpanSelector
 from memtier.errors import IncompatibleMemoryError, ModelError
 from memtier.layers.bmojo import SOURCES, BMojoMixer, MixerState
+from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.plan import StepPlan, window_start
-from memtier_kernels import select_blocks
+from memtier.layers.records import flatten, map_tensors, unflatten
 
 if TYPE_CHECKING:
     from memtier.models.bmojo.configuration_bmojo import BMojoConfig
 
-__all__ = ["HostSpanSelector", "TieredCache"]
+__all__ = ["TieredCache"]
 
 LayerState = MixerState | Mamba2State
-
-
-class HostSpanSelector:
-    """Keeps every sealed block in host memory and scores all of them: the plain case, without a store."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, list[torch.Tensor]] = {}
-
-    def append(
-        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
-    ) -> None:
-        """See `SpanSelector.append`."""
-        new = [keys, values, landmarks]
-        held = self._blocks.get(layer)
-        self._blocks[layer] = new if held is None else [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)]
-
-    def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SpanSelector.select`."""
-        return select_blocks(queries, self._blocks[layer][2], visible, k)
-
-    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SpanSelector.fetch`."""
-        keys, values, _ = self._blocks[layer]
-        rows = torch.arange(ids.shape[0])[:, None]
-        missing = (ids < 0)[..., None, None, None]
-        take = ids.clamp(min=0)
-        return keys[rows, take].masked_fill(missing, 0), values[rows, take].masked_fill(missing, 0)
-
-    def reorder(self, order: torch.Tensor) -> None:
-        """Keep the rows of the batch named by `order`."""
-        self._blocks = {
-            layer: [t.index_select(0, order.cpu()) for t in tensors] for layer, tensors in self._blocks.items()
-        }
 
 
 class TieredCache(Cache):
@@ -168,14 +133,14 @@ class TieredCache(Cache):
         copy = object.__new__(TieredCache)
         copy.__dict__.update(self.__dict__)
         copy.selector, copy.marks, copy._sealed, copy._collect = selector, set(self.marks), {}, True
-        copy.states = [_map(state, torch.clone) for state in self.states]
+        copy.states = [map_tensors(state, torch.clone) for state in self.states]
         return copy
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything carried, by name. The tensors are the live ones: copy before the next step."""
         out: dict[str, torch.Tensor] = {}
         for i, state in enumerate(self.states):
-            out.update({f"layers.{i}.{name}": value for name, value in _flatten(state)})
+            out.update({f"layers.{i}.{name}": value for name, value in flatten(state)})
         out["position"] = torch.tensor(self.position)
         out["boundary"] = torch.tensor(self.boundary)
         out["marks"] = torch.tensor(sorted(self.marks), dtype=torch.int64)
@@ -202,7 +167,7 @@ class TieredCache(Cache):
                     f"saved tensor {name!r} is {tuple(other.shape)} {other.dtype}; this model needs "
                     f"{tuple(value.shape)} {value.dtype}. It was saved by another model, memory config or dtype."
                 )
-        self.states = [_unflatten(state, f"layers.{i}.", tensors, self.device) for i, state in enumerate(self.states)]
+        self.states = [unflatten(state, f"layers.{i}.", tensors, self.device) for i, state in enumerate(self.states)]
         self.position, self.boundary = int(tensors["position"]), int(tensors["boundary"])
         self.marks = set(tensors["marks"].tolist())
         self._sealed = {}
@@ -212,13 +177,13 @@ class TieredCache(Cache):
     @property
     def device(self) -> torch.device:
         """Where the carried tensors are."""
-        return next(value for _, value in _flatten(self.states[0])).device
+        return next(value for _, value in flatten(self.states[0])).device
 
     def device_bytes(self) -> int:
         """Bytes of the distinct storages reachable from the carried states; constant in the length of the stream."""
         storages = {}
         for state in self.states:
-            for _, value in _flatten(state, numbers=False):
+            for _, value in flatten(state, numbers=False):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         return sum(storages.values())
 
@@ -238,7 +203,7 @@ class TieredCache(Cache):
 
     def layer_state(self, layer: int) -> dict[str, torch.Tensor]:
         """Copies on the CPU of all that a layer carries, by name."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in _flatten(self.states[layer])}
+        return {name: value.detach().to("cpu", copy=True) for name, value in flatten(self.states[layer])}
 
     def half_life(self, layer: int) -> float | None:
         """Tokens in which the fading memory of a layer halves, by the mean decay of the last step; None without one."""
@@ -305,7 +270,9 @@ class TieredCache(Cache):
         if not isinstance(self.selector, HostSpanSelector):
             raise ModelError("beam search needs a cache without a selector: a session has one line of tokens.")
         self.selector.reorder(beam_idx)
-        self.states = [_map(s, lambda t: t if t.dim() == 1 else t.index_select(0, beam_idx)) for s in self.states]
+        self.states = [
+            map_tensors(s, lambda t: t if t.dim() == 1 else t.index_select(0, beam_idx)) for s in self.states
+        ]
 
     def reset(self) -> None:
         """Back to position 0, with an empty store of its own."""
@@ -346,38 +313,3 @@ def _empty_states(
 def _model_dtype(config: BMojoConfig) -> torch.dtype:
     named = config.dtype or torch.float32
     return getattr(torch, named) if isinstance(named, str) else named
-
-
-def _flatten(state: Any, prefix: str = "", *, numbers: bool = True) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of nested state records, by dotted name; whole numbers as int64 tensors, if wanted."""
-    out: list[tuple[str, torch.Tensor]] = []
-    for field in fields(state):
-        value = getattr(state, field.name)
-        if is_dataclass(value):
-            out += _flatten(value, f"{prefix}{field.name}.", numbers=numbers)
-        elif isinstance(value, torch.Tensor):
-            out.append((prefix + field.name, value))
-        elif numbers and isinstance(value, int):
-            out.append((prefix + field.name, torch.tensor(value)))
-    return out
-
-
-def _unflatten(state: Any, prefix: str, tensors: dict[str, torch.Tensor], device: torch.device) -> Any:
-    """A record like `state` with the named tensors in it, copied to the device."""
-    changes: dict[str, Any] = {}
-    for field in fields(state):
-        value, name = getattr(state, field.name), prefix + field.name
-        if is_dataclass(value):
-            changes[field.name] = _unflatten(value, f"{name}.", tensors, device)
-        elif isinstance(value, torch.Tensor):
-            changes[field.name] = tensors[name].to(device, copy=True)
-        elif isinstance(value, int):
-            changes[field.name] = int(tensors[name])
-    return replace(state, **changes)
-
-
-def _map(state: LayerState, fn: Any) -> LayerState:
-    """The same state with `fn` applied to each tensor."""
-    if isinstance(state, Mamba2State):
-        return state.map(fn)
-    return MixerState(state.attention.map(fn), None if state.fading is None else state.fading.map(fn))

@@ -6,7 +6,7 @@ Parameters have the names and shapes of transformers' Mamba2Mixer, so weights mo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,6 @@ class Mamba2State:
     conv: torch.Tensor
     log_decay: torch.Tensor
     log_decay_tokens: int = 0
-
-    def map(self, fn) -> Mamba2State:
-        """The same state with `fn` applied to each tensor."""
-        changed = {f.name: fn(getattr(self, f.name)) for f in fields(self) if f.name != "log_decay_tokens"}
-        return replace(self, **changed)
 
 
 class Mamba2(nn.Module):

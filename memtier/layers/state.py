@@ -7,8 +7,7 @@ token is the last entry; entries before the session's first token are zeros that
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -40,10 +39,6 @@ class AttentionState:
     span_scores: torch.Tensor  # (B, K) float32
     span_mass: torch.Tensor  # (B, K): share of the newest token's softmax that went to each block
     mass: torch.Tensor  # (5,): shares of sinks, span, eidetic, fading, window in the last step
-
-    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> AttentionState:
-        """The same state with `fn` applied to each tensor."""
-        return replace(self, **{f.name: fn(getattr(self, f.name)) for f in fields(self)})
 
 
 def roll(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from memtier.cache import HostSpanSelector, TieredCache
+from memtier.cache import TieredCache
 from memtier.errors import IncompatibleMemoryError, ModelError
+from memtier.layers.host_selector import HostSpanSelector
 from memtier.testing import tiny_model
 
 

@@ -1,0 +1,44 @@
+"""The plain span selector: every sealed block in host memory, every landmark scored, no store behind it."""
+
+from __future__ import annotations
+
+import torch
+
+from memtier_kernels import select_blocks
+
+__all__ = ["HostSpanSelector"]
+
+
+class HostSpanSelector:
+    """Keeps every sealed block in host memory and scores all of them: the plain case, without a store."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, list[torch.Tensor]] = {}
+
+    def append(
+        self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
+    ) -> None:
+        """See `SpanSelector.append`."""
+        new = [keys, values, landmarks]
+        held = self._blocks.get(layer)
+        self._blocks[layer] = new if held is None else [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)]
+
+    def select(
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.select`."""
+        return select_blocks(queries, self._blocks[layer][2], visible, k)
+
+    def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpanSelector.fetch`."""
+        keys, values, _ = self._blocks[layer]
+        rows = torch.arange(ids.shape[0])[:, None]
+        missing = (ids < 0)[..., None, None, None]
+        take = ids.clamp(min=0)
+        return keys[rows, take].masked_fill(missing, 0), values[rows, take].masked_fill(missing, 0)
+
+    def reorder(self, order: torch.Tensor) -> None:
+        """Keep the rows of the batch named by `order`."""
+        self._blocks = {
+            layer: [t.index_select(0, order.cpu()) for t in tensors] for layer, tensors in self._blocks.items()
+        }

@@ -2,7 +2,7 @@
 
 A hard top-K passes no gradient to the choice. While far attention is dense, the share of attention that each block
 received is the target of the scores by which blocks will be chosen: ``KL(stopgrad(mass per block) || softmax(score))``,
-a boundary at a time, weighted by how much the group looked far at all.
+a boundary at a time, weighted by how much the group looked far at all. Blocks of the batch's other sequences compete.
 """
 
 from __future__ import annotations
@@ -43,11 +43,25 @@ def distillation_loss(
         target = by_group / total.clamp(min=1e-9)[..., None]
         weight = total / torch.bincount(group, minlength=rows).clamp(min=1).to(total.dtype)
     marks = landmarks(raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype))
-    scores = boundary_queries(plan, queries, None).to(marks.dtype) @ marks.transpose(1, 2)
-    hidden = torch.arange(count, device=scores.device) >= plan.visible.to(scores.device)[:, None]
-    log_p = scores.float().masked_fill(hidden, -1e9).log_softmax(-1)
+    log_p = _log_choice(boundary_queries(plan, queries, None).to(marks.dtype), marks, plan)
     kl = F.kl_div(log_p, target.to(log_p.dtype), reduction="none").sum(-1)
     return (weight * kl).sum() / weight.sum().clamp(min=1e-9)
+
+
+def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """(B, R, n): log-probability of each block of the own sequence, the blocks of the whole batch competing.
+
+    A store holds far more blocks than a training sequence; those of the other sequences stand in for them.
+    """
+    batch, count, _ = marks.shape
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = (queries.flatten(0, 1) @ marks.flatten(0, 1).T).unflatten(0, (batch, -1)).float()
+    seen = torch.arange(count, device=scores.device) < plan.visible.to(scores.device)[:, None]
+    own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
+    competing = torch.where(own, seen[None, :, None, :], True)
+    total = scores.unflatten(-1, (batch, count)).masked_fill(~competing, -1e9).flatten(2).logsumexp(-1)
+    own_scores = scores.unflatten(-1, (batch, count))[torch.arange(batch), :, torch.arange(batch)]
+    return (own_scores - total[..., None]).masked_fill(~seen, -1e9)
 
 
 def _block_mass(

@@ -27,7 +27,7 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 
 # What the package may carry.
 MOST_BYTES = 12_000_000
-NANO_MINUTES = 86.0
+NANO_MINUTES = 88.0
 NANO = LoopSettings(
     minutes=NANO_MINUTES, dense_until=0.9, decay_from=0.7, sequence_tokens=((0.4, 512), (0.75, 1024), (1.0, 2048))
 )

@@ -146,7 +146,8 @@ def _finish(
     write_byte_tokenizer(folder)
     written = BMojoForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     _on(str(next(model.parameters()).device), written)
-    tokens = settings.sequence_tokens[-1][1]
+    # a small corpus holds out less than one training sequence
+    tokens = min(settings.sequence_tokens[-1][1], len(corpus.held_out))
     evaluation = evaluate(written, corpus, sequence_tokens=tokens, far_tokens=settings.far_tokens)
     done = NanoReport(
         folder=folder,

@@ -13,6 +13,7 @@ class TrainingProgress:
     """A rich progress bar; rich is imported when the bar is first drawn."""
 
     def __enter__(self) -> TrainingProgress:
+        from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
         self._bar = Progress(
@@ -21,6 +22,7 @@ class TrainingProgress:
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[state]}"),
+            console=Console(stderr=True),
         )
         self._bar.start()
         self._task = self._bar.add_task("training", total=1.0, state="")

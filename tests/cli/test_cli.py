@@ -261,3 +261,15 @@ def test_help_and_version_load_no_model_library() -> None:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         assert result.stdout
         assert result.stderr.strip() == "False"
+
+
+@pytest.mark.slow
+def test_train_nano_writes_a_model_that_opens(run: Run, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "text.txt").write_text("".join(f"Line {i} of a small text to learn from.\n" for i in range(3000)))
+    trained = run("train", "nano", "corpus", "--out", "made", "--steps", "2", "--json", model=None)
+    assert trained.code == 0, trained.err
+    assert trained.json["steps"] == 2
+    (tmp_path / "letter.txt").write_text(TEXT)
+    assert run("stream", "letter.txt", "--json", model=tmp_path / "made").code == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memtier.cache import TieredCache
+from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.plan import make_plan
 from memtier.testing import tiny_config, tiny_model
 
@@ -69,14 +70,40 @@ def test_no_output_depends_on_a_later_token_and_later_ones_do(overrides):
         assert difference[at:].max() > 1e-3
 
 
+class NotingSelector(HostSpanSelector):
+    """Notes what was chosen at every boundary."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = {}
+
+    def select(self, layer, queries, boundaries, visible, k):
+        ids, scores = super().select(layer, queries, boundaries, visible, k)
+        for row, boundary in enumerate(boundaries.tolist()):
+            if visible[row]:
+                self.noted[layer, boundary] = ids[0, row].tolist(), scores[0, row]
+        return ids, scores
+
+
+@pytest.mark.parametrize("seed", range(4))
 @torch.inference_mode()
-def test_float32_splits_agree_where_selections_do():
-    model, x = tiny_model(), tokens(3)
-    one, cache_one = stream(model, x, [], dtype=torch.float32)
-    many, cache_many = stream(model, x, [5, 6, 7, 50, 53, 90, 91, 92, 130], dtype=torch.float32)
-    for a, b in zip(cache_one.last_selection(), cache_many.last_selection(), strict=True):
-        assert a.block_ids == b.block_ids
-    assert (one - many).abs().max() <= 1e-4 * one.abs().max()
+def test_float32_splits_agree_and_selections_differ_only_where_scores_tie(seed):
+    model, x = tiny_model(seed), tokens(seed, count=400)
+    runs = []
+    for cuts in ([], [5, 6, 7, 50, 53, 90, 91, 92, 130, 300], list(range(1, 400))):
+        selector = NotingSelector()
+        cache = TieredCache(model.config, selector=selector)
+        logits = [model(x[:, a:b], past_key_values=cache).logits for a, b in zip([0, *cuts], [*cuts, 400], strict=True)]
+        runs.append((torch.cat(logits, dim=1), selector.noted))
+    (whole, chosen), *others = runs
+    for logits, noted in others:
+        assert noted.keys() == chosen.keys()
+        differing = sorted((at, layer) for layer, at in chosen if noted[layer, at][0] != chosen[layer, at][0])
+        for at, layer in differing:
+            torch.testing.assert_close(noted[layer, at][1], chosen[layer, at][1], rtol=1e-5, atol=0)
+        assert len(differing) <= 2, f"{len(differing)} of {len(chosen)} selections differ"
+        agreed = differing[0][0] if differing else 400
+        assert (logits - whole)[:, :agreed].abs().max() <= 1e-4 * whole.abs().max()
 
 
 @each_variant
@@ -91,6 +118,18 @@ def test_device_bytes_do_not_grow_and_do_not_depend_on_the_split(overrides):
             model(x[:, start : start + 50], past_key_values=cache)
             sizes.add(cache.device_bytes())
     assert len(sizes) == 1
+
+
+@torch.inference_mode()
+def test_device_bytes_are_equal_at_10k_and_at_200k_tokens():
+    sizes = {"window_tokens": 64, "span_block_tokens": 32, "span_refresh_tokens": 16, "memory_layers": [1]}
+    model, x = tiny_model(num_hidden_layers=2, layer_types=["mamba2", "bmojo"], **sizes), tokens(count=512)
+    cache, seen = TieredCache(model.config), {}
+    for position in range(512, 200_193, 512):
+        model(x, past_key_values=cache, logits_to_keep=1)
+        seen[position] = cache.device_bytes()
+    assert cache.position >= 200_000
+    assert set(seen.values()) == {seen[10_240]}
 
 
 @torch.inference_mode()

@@ -1,8 +1,11 @@
 """Teaching landmarks: attention over all sealed blocks shows which of them a query needs.
 
 A hard top-K passes no gradient to the choice. While far attention is dense, the share of attention that each block
-received is the target of the scores by which blocks will be chosen: ``KL(stopgrad(mass per block) || softmax(score))``,
-a boundary at a time, weighted by how much the group looked far at all. Blocks of the batch's other sequences compete.
+received is the target of the scores by which blocks will be chosen, a boundary at a time:
+``KL(stopgrad(share per block) || softmax(score))``. A block's share is that of the head that wants it most, and
+boundaries count by the square of their largest share: with a mean over heads and a weight by the sum, the few
+boundaries that need one certain block drowned in running text, which looks a little everywhere. Blocks of the batch's
+other sequences compete.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ def distillation_loss(
         mass = _block_mass(q_far[:, taken], far.k[:, used], far.start[taken], far.end[taken], lse[:, taken], block)
         rows, group = len(plan.boundaries), plan.group[taken]
         by_group = mass.new_zeros(mass.shape[0], rows, count).index_add_(1, group, mass)
-        total = by_group.sum(-1)
-        target = by_group / total.clamp(min=1e-9)[..., None]
-        weight = total / torch.bincount(group, minlength=rows).clamp(min=1).to(total.dtype)
+        by_group = by_group / torch.bincount(group, minlength=rows).clamp(min=1).to(mass.dtype)[:, None]
+        # squares, so that what counts is a clear need of few blocks: running text looks a little everywhere
+        target = by_group.square()
+        target = target / target.sum(-1, keepdim=True).clamp(min=1e-12)
+        weight = by_group.amax(-1).square()
     marks = landmarks(raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype))
     log_p = _log_choice(boundary_queries(plan, queries, None).to(marks.dtype), marks, plan)
     kl = F.kl_div(log_p, target.to(log_p.dtype), reduction="none").sum(-1)
@@ -67,7 +72,7 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
 def _block_mass(
     q: torch.Tensor, keys: torch.Tensor, start: torch.Tensor, end: torch.Tensor, lse: torch.Tensor, block: int
 ) -> torch.Tensor:
-    """(B, T, n): the share of each token's softmax that went to each block, mean over heads."""
+    """(B, T, n): the share of each token's softmax that went to each block, in the head that gave it most."""
     batch, tokens, heads, size = q.shape
     kv_heads, n = keys.shape[2], keys.shape[1] // block
     index = torch.arange(keys.shape[1], device=q.device)
@@ -77,5 +82,5 @@ def _block_mass(
     for head in range(heads):
         scores = (q[:, :, head] * size**-0.5) @ keys[:, :, head // repeat].transpose(1, 2)
         share = (scores.to(lse.dtype) - lse[:, :, head, None]).exp().masked_fill(hidden, 0.0)
-        out += share.unflatten(-1, (n, block)).sum(-1)
-    return out / heads
+        out = torch.maximum(out, share.unflatten(-1, (n, block)).sum(-1))
+    return out

@@ -27,10 +27,8 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 
 # What the package may carry.
 MOST_BYTES = 12_000_000
-NANO_MINUTES = 88.0
-NANO = LoopSettings(
-    minutes=NANO_MINUTES, dense_until=0.9, decay_from=0.7, sequence_tokens=((0.4, 512), (0.75, 1024), (1.0, 2048))
-)
+NANO_MINUTES = 95.0
+NANO = LoopSettings(minutes=NANO_MINUTES, dense_until=1.0, decay_from=0.7, sequence_tokens=((0.4, 512), (1.0, 1024)))
 
 
 @dataclass(frozen=True, slots=True)

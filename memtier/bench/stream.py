@@ -1,7 +1,9 @@
 """`memtier bench stream`: what a token costs early and late in a long session, in time, memory and disk.
 
 The text is read one step (512 bytes) a call, so that the time of a call is the time of a step: commit, forward, and the
-hand-over of sealed blocks. Each cost is the median over a stretch of steps around a position.
+hand-over of sealed blocks. Costs are compared in pairs: once the session stands at the late position, a second one is
+read up to the early position, and the two go on by turns, a step each. So a machine whose speed drifts slows both. Each
+cost is the median over a stretch of steps.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,22 +56,23 @@ def run_stream(store: Path, options: StreamOptions, on_progress: OnProgress) -> 
             f"{options.late_tokens}; they must grow, and early must be over {half}."
         )
     data = load_text(options.file).encode()
-    end = options.late_tokens + half
+    end = options.late_tokens + 2 * half
     if end > len(data):
         raise ConfigError(f"the text has {len(data):,} bytes and {end:,} are needed. Give a longer --file.")
     use_threads(options.threads)
     config = memtier.MemoryConfig(hot_bytes=options.hot_bytes)
     with memtier.open_sync(store, model=options.model, device=options.device, config=config) as runtime:
         session = runtime.session("stream")
-        seconds, resident = _read(session, data[:end], options, on_progress)
+        resident = _read(session, data[: _character_start(data, options.late_tokens)], options, on_progress)
+        early, late = _paired(runtime, session, data, options, on_progress)
         session.flush()
         stats = session.stats()
-    early, late = (_seconds_per_token(seconds, at, options) for at in (options.early_tokens, options.late_tokens))
+    disk_bytes = folder_bytes(store)
     return {
         "seconds_per_token": {"early": early, "late": late, "late_over_early": late / early},
         "resident_bytes": {**resident, "growth": resident["late"] - resident["baseline"]},
         "device_bytes": stats.device_bytes,
-        "disk_bytes_per_text_byte": folder_bytes(store) / end,
+        "disk_bytes_per_text_byte": disk_bytes / end,
         "selected_from_disk": selected_from_disk(stats),
         "landmark_bytes": stats.landmark_bytes,
         "hot_bytes": stats.hot_bytes,
@@ -77,27 +81,51 @@ def run_stream(store: Path, options: StreamOptions, on_progress: OnProgress) -> 
     }
 
 
-def _read(
-    session: Any, data: bytes, options: StreamOptions, on_progress: OnProgress
-) -> tuple[list[float], dict[str, int]]:
-    """Seconds of each step, and the resident memory at the baseline and at the late position."""
-    seconds: list[float] = []
+def _read(session: Any, data: bytes, options: StreamOptions, on_progress: OnProgress) -> dict[str, int]:
+    """Read up to the late position; the resident memory at the baseline and there."""
     resident: dict[str, int] = {}
-    # A character cut by a step's end moves whole into the next step.
-    start = 0
-    while start < len(data):
-        end = _character_start(data, start + STEP_BYTES)
-        piece = data[start:end].decode()
-        began = time.perf_counter()
-        session.observe(piece)
-        seconds.append(time.perf_counter() - began)
-        for name, at in (("baseline", options.baseline_tokens), ("late", options.late_tokens)):
-            if start < at <= end:
-                gc.collect()
-                resident[name] = resident_bytes()
-        start = end
-        on_progress("streaming", start, len(data))
-    return seconds, resident
+    for start, end in _steps(data, 0, len(data)):
+        session.observe(data[start:end].decode())
+        if start < options.baseline_tokens <= end:
+            gc.collect()
+            resident["baseline"] = resident_bytes()
+        on_progress("streaming", end, len(data))
+    gc.collect()
+    resident["late"] = resident_bytes()
+    return resident
+
+
+def _paired(
+    runtime: Any, session: Any, data: bytes, options: StreamOptions, on_progress: OnProgress
+) -> tuple[float, float]:
+    """Seconds a token of a second session around the early position and of `session` at the late one, step by step."""
+    stretch = options.stretch_steps * STEP_BYTES
+    first = options.early_tokens - stretch // 2
+    young = runtime.session("stream-early")
+    for start, end in _steps(data, 0, first):
+        young.observe(data[start:end].decode())
+    pairs = zip(_steps(data, first, first + stretch), _steps(data, options.late_tokens, len(data)), strict=False)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for number, spans in enumerate(pairs):
+        for one, (start, end), times in zip((young, session), spans, seconds, strict=True):
+            began = time.perf_counter()
+            one.observe(data[start:end].decode())
+            times.append((time.perf_counter() - began) / (end - start))
+        on_progress("comparing", number + 1, options.stretch_steps)
+    runtime.delete_session("stream-early")
+    early, late = map(statistics.median, seconds)
+    return early, late
+
+
+def _steps(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Steps of 512 bytes; a character cut by a step's end moves whole into the next."""
+    start = _character_start(data, start)
+    while start < end:
+        stop = _character_start(data, min(start + STEP_BYTES, end))
+        if stop <= start:
+            return
+        yield start, stop
+        start = stop
 
 
 def _character_start(data: bytes, position: int) -> int:
@@ -105,9 +133,3 @@ def _character_start(data: bytes, position: int) -> int:
     while position < len(data) and data[position] & 0xC0 == 0x80:
         position -= 1
     return min(position, len(data))
-
-
-def _seconds_per_token(step_seconds: list[float], at_tokens: int, options: StreamOptions) -> float:
-    """Median over the stretch of steps around a position."""
-    first = at_tokens // STEP_BYTES - options.stretch_steps // 2
-    return statistics.median(step_seconds[first : first + options.stretch_steps]) / STEP_BYTES

@@ -75,11 +75,6 @@ class MemoryBlock:
     landmarks: tuple[torch.Tensor, ...]
     innovation: torch.Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of K and V."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
-
 
 @dataclass(frozen=True, slots=True)
 class SpanSelection:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,24 +15,52 @@ __all__ = ["Impl", "choose", "compact_indices", "compute_dtype"]
 
 Impl = Literal["auto", "reference", "triton"]
 
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-def choose(op: str, impl: str, *, reference: Callable[..., Any], triton: Callable[..., Any] | None = None) -> Any:
+
+def choose(
+    op: str,
+    impl: str,
+    x: torch.Tensor,
+    *,
+    reference: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+    limit: str | None = None,
+) -> Any:
     """The function that runs `op`.
 
+    Args:
+        x: an input of the op; its device and dtype decide what `impl="auto"` takes.
+        limit: why the kernel cannot take these sizes; None if it can.
+
     Raises:
-        KernelError: `impl="triton"` was forced and `op` has no Triton kernel here.
+        KernelError: `impl="triton"` was forced and the kernel cannot run these inputs here.
         ConfigError: `impl` is not a known name.
     """
-    if impl == "reference" or (impl == "auto" and triton is None):
+    if impl == "reference":
         return reference
-    if impl == "triton" and triton is None:
+    if triton is None:
+        limit = "it has no Triton kernel yet"
+    if impl == "auto":
+        fits = x.is_cuda and sys.platform == "linux" and x.dtype in _KERNEL_DTYPES and limit is None
+        return triton if fits else reference
+    if impl != "triton":
+        raise ConfigError(f'impl is {impl!r}; it must be "auto", "reference" or "triton".')
+    if refusal := limit or _refusal(x):
         raise KernelError(
-            f'{op} was called with impl="triton", and it has no Triton kernel yet. '
-            'Use impl="auto" (the best there is) or impl="reference".'
+            f'{op} was called with impl="triton": {refusal}. Use impl="auto" (the best that can run) or "reference".'
         )
-    if impl in ("auto", "triton"):
-        return triton
-    raise ConfigError(f'impl is {impl!r}; it must be "auto", "reference" or "triton".')
+    return triton
+
+
+def _refusal(x: torch.Tensor) -> str | None:
+    if sys.platform != "linux":
+        return f"Triton has no build for {sys.platform}"
+    if x.dtype not in _KERNEL_DTYPES:
+        return f"its kernel takes float16, bfloat16 and float32, and got {x.dtype}"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return f"it needs tensors on a CUDA device, and got {x.device} (TRITON_INTERPRET=1 runs kernels on the CPU)"
+    return None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

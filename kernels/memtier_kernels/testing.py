@@ -1,16 +1,23 @@
-"""Valid random arguments for every door, of any size: for tests, benchmarks and checks from outside."""
+"""For tests, benchmarks and checks from outside: valid random arguments for every door, the error of a kernel against
+its float64 reference, and what the assembler says of each kernel."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
-from memtier.errors import ConfigError
+from memtier.errors import ConfigError, KernelError
 from memtier_kernels.span_attention.sources import Band, Paged
 
-__all__ = ["OPS", "make_inputs"]
+__all__ = ["OPS", "compare", "compile_report", "leaves", "make_inputs", "tensors"]
 
 
 def make_inputs(
@@ -36,6 +43,135 @@ def make_inputs(
         raise ConfigError(f"{op} has no size {unknown[0]!r}; its sizes are {sorted(OPS[op])}.")
     draw = _Draw(seed, dtype, torch.device(device))
     return _MAKERS[op](draw, **{**OPS[op], **sizes})
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a value: itself, or those in a dict, list, tuple or dataclass, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for _, part in _parts(value) for tensor in tensors(part)]
+
+
+def leaves(arguments: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among a door's arguments that want a gradient."""
+    return [t for t in tensors(arguments) if t.requires_grad]
+
+
+def compare(
+    op: str,
+    arguments: dict[str, Any],
+    *,
+    impl: str = "triton",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Errors of a door against its reference in float64, on the same numbers, for outputs and all gradients.
+
+    Args:
+        op: the name of a door.
+        arguments: what the door takes (`make_inputs` draws some).
+        impl: the implementation to judge.
+        seed: of the random gradients that flow into the outputs.
+
+    Returns:
+        For every floating output ("out.0" ..) and every input gradient ("grad.q" ..): the largest difference over the
+        largest magnitude. For an output of integers: the share of entries that differ. An entry that is infinite or
+        NaN on one side only gives an infinite error.
+    """
+    door = getattr(importlib.import_module("memtier_kernels"), op)
+    wide = _widen(arguments)
+    got, wanted = tensors(door(**arguments, impl=impl)), tensors(door(**wide, impl="reference"))
+    errors = {f"out.{i}": _error(a, b) for i, (a, b) in enumerate(zip(got, wanted, strict=True))}
+    mine, theirs = leaves(arguments), leaves(wide)
+    if not mine:
+        return errors
+    draw = torch.Generator().manual_seed(seed)
+    flows = []
+    for tensor in wanted:
+        flow = torch.randn(tensor.shape, generator=draw, dtype=torch.float64).to(tensor.device)
+        # nothing flows back from the log-sum-exp of a row that saw nothing
+        flows.append(flow.masked_fill(~tensor.isfinite(), 0.0))
+    smooth = [i for i, tensor in enumerate(wanted) if tensor.requires_grad]
+    grads = torch.autograd.grad(
+        [got[i] for i in smooth], mine, [flows[i].to(got[i].dtype) for i in smooth], allow_unused=True
+    )
+    exact = torch.autograd.grad([wanted[i] for i in smooth], theirs, [flows[i] for i in smooth], allow_unused=True)
+    for name, a, b in zip(_leaf_names(arguments), grads, exact, strict=True):
+        if a is not None or b is not None:
+            zero = torch.zeros_like(b if a is None else a)
+            errors[f"grad.{name}"] = _error(zero if a is None else a, zero if b is None else b)
+    return errors
+
+
+def compile_report(
+    op: str, arch: int | str, *, dtype: torch.dtype = torch.bfloat16, **sizes: int
+) -> list[dict[str, Any]]:
+    """Compile every kernel of an op, forward and backward, without a GPU.
+
+    Args:
+        op: the name of a door.
+        arch: "sm_80", "sm_90", or the number alone.
+        dtype: of the inputs.
+        sizes: as for `make_inputs`; what is not given is of a size met in practice (`REPORT_SIZES`).
+
+    Returns:
+        One row for every kernel and every configuration that the autotuner may pick: op, kernel, config, registers
+        (per thread), shared_bytes (per block), spill_bytes (per thread), has_dot (the kernel multiplies matrices) and
+        has_mma (by matrix instructions).
+
+    Raises:
+        ConfigError: no such op or size.
+        KernelError: a kernel does not compile.
+    """
+    if op not in OPS:
+        raise ConfigError(f"op is {op!r}; it must be one of {sorted(OPS)}.")
+    asked = {"op": op, "arch": int(str(arch).removeprefix("sm_")), "dtype": str(dtype).removeprefix("torch.")}
+    command = json.dumps({**asked, "sizes": {**REPORT_SIZES.get(op, {}), **sizes}})
+    done = subprocess.run(
+        [sys.executable, "-m", "memtier_kernels.triton_offline", command],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise KernelError(f"a kernel of {op} does not compile for sm_{asked['arch']}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return [(str(i), part) for i, part in enumerate(value)]
+    return [(f.name, getattr(value, f.name)) for f in fields(value)] if is_dataclass(value) else []
+
+
+def _leaf_names(value: Any) -> list[str]:
+    if isinstance(value, torch.Tensor):
+        return [""] if value.requires_grad else []
+    return [f"{name}.{rest}".strip(".") for name, part in _parts(value) for rest in _leaf_names(part)]
+
+
+def _widen(value: Any) -> Any:
+    """A copy whose floating tensors are float64 leaves."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _widen(part) for name, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _widen(part) for name, part in _parts(value)})
+    return value
+
+
+def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    assert got.shape == wanted.shape, (got.shape, wanted.shape)
+    if not wanted.numel():
+        return 0.0
+    if not wanted.is_floating_point():
+        return float((got != wanted).double().mean())
+    a, b = got.detach().double(), wanted.detach().double()
+    finite = b.isfinite()
+    if not bool((a.isfinite() == finite).all()) or not bool((a == b)[~finite].all()):
+        return float("inf")
+    a, b = a.masked_fill(~finite, 0.0), b.masked_fill(~finite, 0.0)
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-12))
 
 
 class _Draw:
@@ -139,4 +275,18 @@ OPS: dict[str, dict[str, int]] = {
         "B": 2, "T": 33, "H": 4, "G": 2, "D": 16, "W": 16, "S": 4, "K": 3, "blocks": 10, "M": 5, "r": 4, "sinks": 2,
     },
     "ssd": {"B": 2, "T": 33, "H": 4, "G": 2, "P": 8, "N": 6},
+}  # fmt: skip
+
+# sizes met in practice, where tiles are as large as they get: what `compile_report` compiles
+REPORT_SIZES: dict[str, dict[str, int]] = {
+    "causal_conv1d": {"B": 2, "T": 512, "C": 1024},
+    "innovation": {"B": 2, "T": 512, "E": 2048},
+    "keep_surprising": {"B": 2, "n": 512, "m": 64},
+    "landmarks": {"B": 1, "n": 16, "S": 64, "G": 8, "D": 128},
+    "select_blocks": {"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8},
+    "span_attention": {
+        "B": 1, "T": 512, "H": 32, "G": 8, "D": 128, "W": 256, "S": 64, "K": 8, "blocks": 32, "M": 64, "r": 64,
+        "sinks": 4,
+    },
+    "ssd": {"B": 1, "T": 512, "H": 16, "G": 1, "P": 64, "N": 128},
 }  # fmt: skip

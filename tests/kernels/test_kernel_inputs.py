@@ -5,15 +5,7 @@ import torch
 
 import memtier_kernels
 from memtier.errors import ConfigError
-from memtier_kernels.testing import OPS, make_inputs
-
-
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if hasattr(value, "__dataclass_fields__"):
-        return [t for name in value.__dataclass_fields__ for t in tensors(getattr(value, name))]
-    return [t for v in value for t in tensors(v)] if isinstance(value, (tuple, list)) else []
+from memtier_kernels.testing import OPS, compare, leaves, make_inputs, tensors
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -22,11 +14,10 @@ def test_every_door_takes_what_make_inputs_draws_and_gives_finite_gradients(op, 
     sizes = {"T": tokens} if tokens and "T" in OPS[op] else {}
     arguments = make_inputs(op, seed=1, dtype=torch.float64, **sizes)
     out = getattr(memtier_kernels, op)(**arguments)
-    outputs = tensors(out if not isinstance(out, torch.Tensor) else [out])
-    leaves = [t for value in arguments.values() for t in tensors(value) if t.requires_grad]
-    if leaves:
+    outputs = tensors(out)
+    if leaves(arguments):
         smooth = [t.masked_fill(~t.isfinite(), 0.0).sum() for t in outputs if t.requires_grad]
-        for grad in torch.autograd.grad(sum(smooth), leaves, allow_unused=True):
+        for grad in torch.autograd.grad(sum(smooth), leaves(arguments), allow_unused=True):
             assert grad is None or bool(grad.isfinite().all())
 
 
@@ -39,3 +30,10 @@ def test_the_same_seed_gives_the_same_numbers_in_every_dtype():
 def test_an_unknown_op_or_size_is_refused_by_name(arguments):
     with pytest.raises(ConfigError):
         make_inputs(**arguments)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_reference_in_float32_agrees_with_itself_in_float64(op):
+    errors = compare(op, make_inputs(op, seed=2), impl="reference")
+    assert errors
+    assert max(errors.values()) < 1e-5, errors

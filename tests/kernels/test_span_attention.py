@@ -1,5 +1,7 @@
 """span_attention equals one softmax over the union of its sources, outputs and all gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,3 +152,23 @@ def test_rotation_by_place_equals_rotating_the_gathered_keys():
     values = span.v[line, span.table.clamp(min=0)]
     plain = span_attention(q, group=group, span=Paged(pool.flatten(1, 2), values.flatten(1, 2), table, span.mask))
     torch.testing.assert_close(turned.out, plain.out)
+
+
+def test_rows_of_a_batch_may_stand_at_different_places_and_share_a_pool():
+    q, q_far, group, sources = make_sources(9, 2, seed=4)
+    shift = torch.tensor([[0], [3]])
+    window = replace(
+        sources["window"], start=(sources["window"].start - shift).clamp(min=0), end=sources["window"].end - shift
+    )
+    pool = sources["span"].k[:1], sources["span"].v[:1]
+    span = replace(sources["span"], k=pool[0].expand(B, -1, -1, -1, -1), v=pool[1].expand(B, -1, -1, -1, -1))
+    together = span_attention(q, q_far=q_far, group=group, window=window, span=span)
+    for b in range(B):
+        row = slice(b, b + 1)
+        own = Band(window.k[row], window.v[row], window.start[b], window.end[b])
+        alone = span_attention(
+            q[row], q_far=q_far[row], group=group, window=own,
+            span=replace(span, k=pool[0], v=pool[1], table=span.table[row], mask=span.mask[row]),
+        )  # fmt: skip
+        torch.testing.assert_close(together.out[row], alone.out)
+        torch.testing.assert_close(together.lse[row], alone.lse)

@@ -33,4 +33,4 @@ def causal_conv1d(
     Returns:
         y (B, T, C) and the new tail (B, width - 1, C), which owns its memory.
     """
-    return choose("causal_conv1d", impl, reference=reference.causal_conv1d)(x, weight, bias, tail, activation)
+    return choose("causal_conv1d", impl, x, reference=reference.causal_conv1d)(x, weight, bias, tail, activation)

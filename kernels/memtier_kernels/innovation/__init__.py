@@ -20,7 +20,7 @@ def innovation(h: torch.Tensor, predicted: torch.Tensor, *, impl: Impl = "auto")
     Returns:
         (B, T) float32 (float64 stays float64).
     """
-    return choose("innovation", impl, reference=reference.innovation)(h, predicted)
+    return choose("innovation", impl, h, reference=reference.innovation)(h, predicted)
 
 
 def keep_surprising(
@@ -40,4 +40,6 @@ def keep_surprising(
     Returns:
         (B, R, m) int64 indices of candidates, ascending, -1 at the end where there are fewer.
     """
-    return choose("keep_surprising", impl, reference=reference.keep_surprising)(innovation, positions, before, m)
+    return choose("keep_surprising", impl, innovation, reference=reference.keep_surprising)(
+        innovation, positions, before, m
+    )

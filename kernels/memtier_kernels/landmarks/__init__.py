@@ -19,7 +19,7 @@ def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
     Returns:
         (B, n, G * D) float32 (float64 stays float64).
     """
-    return choose("landmarks", impl, reference=reference.landmarks)(keys)
+    return choose("landmarks", impl, keys, reference=reference.landmarks)(keys)
 
 
 def select_blocks(
@@ -36,4 +36,4 @@ def select_blocks(
     Returns:
         ids (B, R, k) int64, ascending, -1 at the end where fewer are visible; scores (B, R, k), -inf there.
     """
-    return choose("select_blocks", impl, reference=reference.select_blocks)(queries, landmarks, visible, k)
+    return choose("select_blocks", impl, queries, reference=reference.select_blocks)(queries, landmarks, visible, k)

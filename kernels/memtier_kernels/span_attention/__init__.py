@@ -52,7 +52,7 @@ def span_attention(
     A row that sees no key at all has out = 0 and lse = -inf. An absent source (None) equals an empty one.
     """
     sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
-    run = choose("span_attention", impl, reference=reference.span_attention)
+    run = choose("span_attention", impl, q, reference=reference.span_attention)
     out, lse, parts = run(
         q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale
     )

@@ -96,7 +96,8 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
     repeat = heads // kv_heads
     q_BGJTD = (q * scale).reshape(batch, tokens, kv_heads, repeat, size).permute(0, 2, 3, 1, 4)
     k_BGnD, v_BGnD = band.k.to(q.dtype).transpose(1, 2), band.v.to(q.dtype).transpose(1, 2)
-    starts, ends = band.start.tolist(), band.end.tolist()
+    start_RT, end_RT = band.start.reshape(-1, tokens), band.end.reshape(-1, tokens)
+    starts, ends = start_RT.amin(0).tolist(), end_RT.amax(0).tolist()
     outs, logs = [], []
     for first in range(0, tokens, BAND_QUERIES):
         last = min(first + BAND_QUERIES, tokens)
@@ -104,8 +105,8 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
         low, high = min(starts[first], ends[last - 1]), ends[last - 1]
         queries = q_BGJTD[:, :, :, first:last].reshape(batch, kv_heads, repeat * (last - first), size)
         index = torch.arange(low, high, device=q.device)
-        hidden = (index < band.start[first:last, None]) | (index >= band.end[first:last, None])
-        out, lse = _partial(queries, k_BGnD[:, :, low:high], v_BGnD[:, :, low:high], hidden.repeat(repeat, 1))
+        hidden = (index < start_RT[:, None, first:last, None]) | (index >= end_RT[:, None, first:last, None])
+        out, lse = _partial(queries, k_BGnD[:, :, low:high], v_BGnD[:, :, low:high], hidden.repeat(1, 1, repeat, 1))
         outs.append(out.reshape(batch, kv_heads, repeat, last - first, size))
         logs.append(lse.reshape(batch, kv_heads, repeat, last - first))
     out = torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
@@ -142,9 +143,11 @@ def paged_attention(
 
     # a missing block reads block 0 and is masked
     base = torch.arange(batch, device=q.device)[:, None, None] * pool_blocks
-    flat = (source.table.clamp(min=0) + base).reshape(-1)
-    keys = source.k.reshape(batch * pool_blocks, -1).index_select(0, flat)
-    values = source.v.reshape(batch * pool_blocks, -1).index_select(0, flat)
+    shared = source.k.stride(0) == 0 and source.v.stride(0) == 0 and not source.k.requires_grad
+    flat = (source.table.clamp(min=0) + (0 if shared else base)).reshape(-1)
+    pool = slice(0, 1) if shared else slice(None)
+    keys = source.k[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
+    values = source.v[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
     keys = keys.reshape(batch, rows, blocks * block, kv_heads, size)
     values = values.reshape(batch, rows, blocks * block, kv_heads, size)
     if source.cos is not None and source.sin is not None:

@@ -16,7 +16,8 @@ __all__ = ["Band", "Paged", "merge"]
 class Band:
     """Keys in a row; query t sees those with index in [start_t, end_t).
 
-    k, v: (B, n, G, D).   start, end: (T,) int64, both non-decreasing.
+    k, v: (B, n, G, D).   start, end: int64, both non-decreasing along T: (T,) where all rows of the batch stand at the
+    same place, (B, T) where each stands at its own.
     """
 
     k: torch.Tensor
@@ -29,7 +30,8 @@ class Band:
 class Paged:
     """Keys in a pool of blocks; a group of queries sees the blocks its row of the table names.
 
-    k, v: (B, n, S, G, D).   table: (B, R, K) int64, -1 for none; with R = 1 the row serves every query.
+    k, v: (B, n, S, G, D); a pool that the rows of the batch share comes as ``pool.expand(B, ...)``.
+    table: (B, R, K) int64, -1 for none; with R = 1 the row serves every query.
     mask: (B, R, K, S) bool, False hides one token of a listed block; None hides nothing.
     cos, sin: (K * S, D), a rotary embedding by place in the row, applied after the gather; None for no rotation.
     """

@@ -37,4 +37,4 @@ def ssd(
         y (B, T, H, P) in x's dtype; the state after the last token, (B, H, P, N) in float32 (float64 for float64
         inputs); the total log decay ``sum_t dt_t A``, (B, H), same dtype as the state.
     """
-    return choose("ssd", impl, reference=reference.ssd)(x, dt, A, B, C, D, state, chunk_tokens)
+    return choose("ssd", impl, x, reference=reference.ssd)(x, dt, A, B, C, D, state, chunk_tokens)

@@ -66,7 +66,7 @@ class TieredCache(Cache):
         """Take the states after a step that every layer has finished."""
         self.states = states
         self.position = plan.start + plan.tokens
-        self.boundary = int(plan.boundaries[-1])
+        self.boundary = plan.boundaries[-1]
         self.marks = {m for m in self.marks if m >= self.position}
 
     def seal(

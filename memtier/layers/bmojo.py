@@ -122,7 +122,7 @@ class BMojoMixer(nn.Module):
             step = span_step(self.layer, plan, carried, memory, keys, values, queries, surprise, prefix)
             if step is not None:
                 span_ids = step.ids
-                span = step.paged(settings) if bool((step.ids >= 0).any()) else None
+                span = None if step.empty else step.paged(settings)
                 if carried is not None:
                     changes.update(step.carried(), query_tail=roll(carried.query_tail, queries))
         eidetic = None
@@ -139,7 +139,7 @@ class BMojoMixer(nn.Module):
         sinks, sink_changes = self._sinks(k, v, plan, carried)
         changes.update(sink_changes)
         far: Paged | Band | None = span
-        if dense and self.layer in settings.memory_layers and bool((plan.lo > 0).any()):
+        if dense and self.layer in settings.memory_layers and plan.lo[-1] > 0:
             start = torch.full_like(plan.lo_token, settings.sink_tokens)
             far = Band(keys, values, start, plan.lo_token.clamp(min=settings.sink_tokens))
 
@@ -227,5 +227,5 @@ class BMojoMixer(nn.Module):
                 values[:, plan.start : plan.start + fresh] = v[:, :fresh]
             changes = {"sink_keys": keys, "sink_values": values}
         place = torch.arange(keys.shape[1], device=k.device)
-        table = torch.where(place < plan.lo.to(k.device)[:, None], place, -1)
+        table = torch.where(place < plan.lo_row[:, None], place, -1)
         return Paged(keys.unsqueeze(2), values.unsqueeze(2), table.expand(k.shape[0], -1, -1)), changes

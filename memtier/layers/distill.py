@@ -61,7 +61,7 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
     batch, count, _ = marks.shape
     with torch.autocast(queries.device.type, enabled=False):
         scores = (queries.flatten(0, 1) @ marks.flatten(0, 1).T).unflatten(0, (batch, -1)).float()
-    seen = torch.arange(count, device=scores.device) < plan.visible.to(scores.device)[:, None]
+    seen = torch.arange(count, device=scores.device) < plan.visible_row[:, None]
     own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
     competing = torch.where(own, seen[None, :, None, :], True)
     total = scores.unflatten(-1, (batch, count)).masked_fill(~competing, -1e9).flatten(2).logsumexp(-1)

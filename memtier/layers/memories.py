@@ -99,7 +99,7 @@ def eidetic_step(
         table = torch.arange(slots, device=keys.device).expand(p.shape).masked_fill(p < 0, -1)
         table = table[:, None].expand(-1, len(plan.boundaries), -1)
     else:
-        table = keep_surprising(e, p, plan.lo.to(keys.device), slots)
+        table = keep_surprising(e, p, plan.lo_row, slots)
     return EideticStep(k, v, e, p, table)
 
 
@@ -128,7 +128,7 @@ def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor |
     if tail is None:
         tail = queries.new_zeros(queries.shape[0], stride - 1, queries.shape[2])
     padded = torch.cat([tail, queries], dim=1)
-    last = (plan.boundaries[plan.new] - plan.start).to(queries.device)
+    last = plan.boundary_row[plan.new] - plan.start
     index = last[:, None] + torch.arange(stride, device=queries.device)
     return padded[:, index].mean(dim=2)
 
@@ -136,13 +136,17 @@ def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor |
 @dataclass(frozen=True)
 class SpanStep:
     """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their
-    numbers."""
+    numbers.
+
+    `empty` is True where the table is known to name no block.
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
     table: torch.Tensor
     ids: torch.Tensor
     scores: torch.Tensor
+    empty: bool
 
     def carried(self) -> dict[str, torch.Tensor]:
         """The last group's span, as fields of AttentionState."""
@@ -183,13 +187,13 @@ def span_step(
     new_keys = keys[:, sealed].unflatten(1, (count, block)).to(storage)
     new_values = values[:, sealed].unflatten(1, (count, block)).to(storage)
     fresh = plan.visible[plan.new]
-    wanted = k > 0 and fresh.numel() > 0 and int(fresh.max()) > 0
+    wanted = k > 0 and any(fresh)
     picks = boundary_queries(plan, queries, None if state is None else state.query_tail) if wanted else None
     if memory is None or state is None:
         if picks is None:
             return None
-        ids, scores = select_blocks(picks.float(), landmarks(new_keys.float()), fresh, k)
-        return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores)
+        ids, scores = select_blocks(picks.float(), landmarks(new_keys.float()), plan.visible_row[plan.new], k)
+        return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores, empty=False)
 
     if count:
         owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)
@@ -197,22 +201,28 @@ def span_step(
         labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float().cpu()
         memory.seal(layer, plan.sealed_from, *owned, marks, labels)
     pool_k, pool_v, tables, all_ids, all_scores = [], [], [], [], []
+    empty = True
     if plan.carried:
+        # on a GPU the question would cost a wait
+        empty = not state.span_ids.is_cuda and not bool((state.span_ids >= 0).any())
         pool_k.append(state.span_keys)
         pool_v.append(state.span_values)
         places = torch.arange(state.span_ids.shape[1], device=keys.device).expand(state.span_ids.shape)
         tables.append(places.masked_fill(state.span_ids < 0, -1)[:, None])
         all_ids.append(state.span_ids[:, None])
         all_scores.append(state.span_scores[:, None])
-    if fresh.numel():
-        rows = (keys.shape[0], fresh.numel(), k)
+    if fresh:
+        rows = (keys.shape[0], len(fresh), k)
         if picks is None:
             ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
         else:
-            ids, scores = memory.select(layer, picks.float().cpu(), plan.boundaries[plan.new], fresh, k)
+            ids, scores = memory.select(
+                layer, picks.float().cpu(), torch.tensor(plan.boundaries[plan.new]), torch.tensor(fresh), k
+            )
         offset = state.span_ids.shape[1] if plan.carried else 0
         unique, place = ids.clamp(min=0).unique(return_inverse=True)
         if bool((ids >= 0).any()):
+            empty = False
             fetched_k, fetched_v = memory.fetch(layer, unique.expand(keys.shape[0], -1))
             pool_k.append(fetched_k.to(keys.device, keys.dtype))
             pool_v.append(fetched_v.to(keys.device, keys.dtype))
@@ -223,7 +233,7 @@ def span_step(
         pool_k, pool_v = [state.span_keys], [state.span_values]
     return SpanStep(
         torch.cat(pool_k, dim=1), torch.cat(pool_v, dim=1), _join(tables, -1), _join(all_ids, -1),
-        _join(all_scores, float("-inf")),
+        _join(all_scores, float("-inf")), empty,
     )  # fmt: skip
 
 

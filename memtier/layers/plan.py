@@ -18,29 +18,33 @@ __all__ = ["StepPlan", "make_plan", "window_start"]
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The geometry of the tokens [start, start + tokens).
+    """The geometry of the tokens [start, start + tokens): numbers on the host, and the same as tensors on the device.
 
     Args:
-        boundaries: (R,) int64 CPU: the boundary that serves each group; the first may lie before `start`.
+        boundaries: the boundary that serves each of the R groups; the first may lie before `start`.
         carried: True if the first group's choices were made in an earlier step.
-        group: (T,) int64: the group of each token.
-        lo: (R,) int64 CPU: the window's start for each group.
-        lo_token: (T,) int64: the window's start for each token.
-        visible: (R,) int64 CPU: blocks sealed at each boundary.
+        lo: the window's start for each group, by its boundary.
+        visible: blocks sealed at each boundary.
         sealed_from, sealed_to: numbers of the blocks that leave the window in this step.
+        group: (T,) int64: the group of each token.
+        lo_token: (T,) int64: the window's start for each token.
+        boundary_row, lo_row, visible_row: (R,) int64: `boundaries`, `lo` and `visible`.
     """
 
     settings: MemorySettings
     start: int
     tokens: int
-    boundaries: torch.Tensor
+    boundaries: tuple[int, ...]
     carried: bool
-    group: torch.Tensor
-    lo: torch.Tensor
-    lo_token: torch.Tensor
-    visible: torch.Tensor
+    lo: tuple[int, ...]
+    visible: tuple[int, ...]
     sealed_from: int
     sealed_to: int
+    group: torch.Tensor
+    lo_token: torch.Tensor
+    boundary_row: torch.Tensor
+    lo_row: torch.Tensor
+    visible_row: torch.Tensor
 
     @property
     def new(self) -> slice:
@@ -67,19 +71,21 @@ def make_plan(
     inside = set(range(start + -start % stride, start + tokens, stride))
     inside.update(p for p in marks if start <= p < start + tokens)
     carried = start not in inside
-    boundaries = torch.tensor(([boundary] if carried else []) + sorted(inside), dtype=torch.int64)
-    position = torch.arange(start, start + tokens, dtype=torch.int64)
-    group = torch.searchsorted(boundaries, position, right=True) - 1
-    if settings.widened:
-        lo = torch.tensor([window_start(settings, b) for b in boundaries.tolist()], dtype=torch.int64)
-        lo_token = lo[group]
-    else:
-        lo = (boundaries - settings.window_tokens + 1).clamp(min=0)
-        lo_token = (position - settings.window_tokens + 1).clamp(min=0)
+    boundaries = ([boundary] if carried else []) + sorted(inside)
     block = settings.span_block_tokens
+    if settings.widened:
+        lo = [window_start(settings, b) for b in boundaries]
+        visible = [start_g // block for start_g in lo]
+    else:
+        lo = [max(0, b - settings.window_tokens + 1) for b in boundaries]
+        visible = [0] * len(lo)
+    rows = torch.tensor([boundaries, lo, visible], dtype=torch.int64).to(device)
+    position = torch.arange(start, start + tokens, device=device)
+    group = torch.searchsorted(rows[0], position, right=True) - 1
+    lo_token = rows[1][group] if settings.widened else (position - settings.window_tokens + 1).clamp(min=0)
     sealed_from = window_start(settings, boundary) // block if boundary >= 0 else 0
-    sealed_to = int(lo[-1]) // block if settings.widened else sealed_from
+    sealed_to = lo[-1] // block if settings.widened else sealed_from
     return StepPlan(
-        settings, start, tokens, boundaries, carried, group.to(device), lo, lo_token.to(device), lo // block,
-        sealed_from, sealed_to,
+        settings, start, tokens, tuple(boundaries), carried, tuple(lo), tuple(visible), sealed_from, sealed_to,
+        group, lo_token, rows[0], rows[1], rows[2],
     )  # fmt: skip

@@ -143,10 +143,10 @@ def test_every_past_position_is_in_the_window_or_in_exactly_one_sealed_block():
             lo = int(plan.lo_token[t])
             # blocks before lo are whole and visible at the group's boundary, and the window still holds W tokens of it
             assert lo % 5 == 0
-            assert int(plan.visible[plan.group[t]]) * 5 == lo
+            assert plan.visible[plan.group[t]] * 5 == lo
             assert start + t - lo + 1 <= settings.ring_tokens
-            assert lo <= max(0, int(plan.boundaries[plan.group[t]]) - 13 + 1)
-        boundary, sealed = int(plan.boundaries[-1]), plan.sealed_to
+            assert lo <= max(0, plan.boundaries[plan.group[t]] - 13 + 1)
+        boundary, sealed = plan.boundaries[-1], plan.sealed_to
 
 
 @torch.inference_mode()

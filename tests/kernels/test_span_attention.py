@@ -172,3 +172,16 @@ def test_rows_of_a_batch_may_stand_at_different_places_and_share_a_pool():
         )  # fmt: skip
         torch.testing.assert_close(together.out[row], alone.out)
         torch.testing.assert_close(together.lse[row], alone.lse)
+
+
+def test_a_shared_half_precision_pool_is_widened_before_it_is_rotated():
+    q, _, group, sources = make_sources(23, 2)
+    span = sources["span"]
+    k, v = span.k[:1].detach().half(), span.v[:1].detach().half()
+    angle = torch.rand(12, D, dtype=torch.float64)
+    half = replace(span, k=k.expand(B, -1, -1, -1, -1), v=v.expand(B, -1, -1, -1, -1), cos=angle.cos(), sin=angle.sin())
+    wide = replace(half, k=half.k.double().contiguous(), v=half.v.double().contiguous())
+    one = span_attention(q, group=group, span=half)
+    two = span_attention(q, group=group, span=wide)
+    assert torch.equal(one.out, two.out)
+    assert torch.equal(one.lse, two.lse)

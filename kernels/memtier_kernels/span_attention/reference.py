@@ -148,8 +148,9 @@ def paged_attention(
     pool = slice(0, 1) if shared else slice(None)
     keys = source.k[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
     values = source.v[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
-    keys = keys.reshape(batch, rows, blocks * block, kv_heads, size)
-    values = values.reshape(batch, rows, blocks * block, kv_heads, size)
+    # a pool of a coarser dtype widens before it is rotated
+    keys = keys.reshape(batch, rows, blocks * block, kv_heads, size).to(q.dtype)
+    values = values.reshape(batch, rows, blocks * block, kv_heads, size).to(q.dtype)
     if source.cos is not None and source.sin is not None:
         left, right = keys.chunk(2, dim=-1)
         turned = torch.cat([-right, left], dim=-1)
@@ -160,7 +161,7 @@ def paged_attention(
     hidden = hidden.reshape(batch, rows, 1, 1, blocks * block)
 
     queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
-    out, lse = _partial(queries, keys.to(q.dtype).transpose(2, 3), values.to(q.dtype).transpose(2, 3), hidden)
+    out, lse = _partial(queries, keys.transpose(2, 3), values.transpose(2, 3), hidden)
     out = out.reshape(batch, rows, kv_heads, repeat, per_row, size).permute(0, 1, 4, 2, 3, 5)
     lse = lse.reshape(batch, rows, kv_heads, repeat, per_row).permute(0, 1, 4, 2, 3)
     out = out.reshape(batch, rows * per_row, heads, size)[:, place]

@@ -42,7 +42,8 @@ def distillation_loss(
         mass = _block_mass(q_far[:, taken], far.k[:, used], far.start[taken], far.end[taken], lse[:, taken], block)
         rows, group = len(plan.boundaries), plan.group[taken]
         by_group = mass.new_zeros(mass.shape[0], rows, count).index_add_(1, group, mass)
-        by_group = by_group / torch.bincount(group, minlength=rows).clamp(min=1).to(mass.dtype)[:, None]
+        told = mass.new_zeros(rows).index_add_(0, group, torch.ones_like(group, dtype=mass.dtype))
+        by_group = by_group / told.clamp(min=1)[:, None]
         # squares, so that what counts is a clear need of few blocks: running text looks a little everywhere
         target = by_group.square()
         target = target / target.sum(-1, keepdim=True).clamp(min=1e-12)

@@ -185,3 +185,17 @@ def test_a_shared_half_precision_pool_is_widened_before_it_is_rotated():
     two = span_attention(q, group=group, span=wide)
     assert torch.equal(one.out, two.out)
     assert torch.equal(one.lse, two.lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 9, 300, 1100])
+def test_reading_without_gradients_gives_what_reading_with_them_gives(tokens, dtype):
+    q, q_far, group, sources = make_sources(tokens, 2, seed=5, dtype=dtype)
+    with_gradients = span_attention(q, q_far=q_far, group=group, **sources)
+    with torch.no_grad():
+        without = span_attention(q, q_far=q_far, group=group, **sources)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(without.out, with_gradients.out, **tolerance)
+    torch.testing.assert_close(without.lse, with_gradients.lse, **tolerance)
+    for name, part in with_gradients.parts.items():
+        torch.testing.assert_close(without.parts[name], part, **tolerance)

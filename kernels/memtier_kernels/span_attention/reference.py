@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ __all__ = ["band_attention", "paged_attention", "span_attention"]
 
 # queries that share one slice of a band: larger wastes masked scores, smaller wastes calls
 BAND_QUERIES = 128
+# such slices that are read in one call
+BAND_CHUNKS = 8
 
 
 def span_attention(
@@ -80,9 +83,33 @@ def _partial(
     if k.shape[-2] == 0:
         nothing = torch.full(q.shape[:-1], float("-inf"), dtype=compute_dtype(q.dtype), device=q.device)
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), nothing
+    if q.device.type == "cpu" and not _wants_gradient(q, k, v):
+        return _flash_on_cpu(q, k, v, hidden)
     with torch.autocast(q.device.type, enabled=False):
         out, lse = _PartialAttention.apply(q, k, v, hidden)  # pyright: ignore[reportGeneralTypeIssues]
     return out, lse
+
+
+def _wants_gradient(*inputs: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _flash_on_cpu(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by torch's own fused attention, whose public door keeps the log-sum-exp to itself.
+
+    It has a backward pass, but none for the log-sum-exp.
+    """
+    lead = q.shape[:-2]
+    mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
+    mask = mask.expand(*lead[:-1], mask.shape[-3], q.shape[-2], k.shape[-2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.flatten(0, -4) for x in (q, k, v)), 0.0, False, attn_mask=mask.flatten(0, -4), scale=1.0
+    )
+    # a row that sees nothing has a log-sum-exp of 0 there
+    empty = hidden.all(-1).expand(*lead, q.shape[-2])
+    return out.reshape(q.shape), lse.reshape(q.shape[:-1]).masked_fill(empty, float("-inf"))
 
 
 def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,18 +126,56 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
     start_RT, end_RT = band.start.reshape(-1, tokens), band.end.reshape(-1, tokens)
     starts, ends = start_RT.amin(0).tolist(), end_RT.amax(0).tolist()
     outs, logs = [], []
-    for first in range(0, tokens, BAND_QUERIES):
-        last = min(first + BAND_QUERIES, tokens)
+    together = 1 if batch > 1 or _wants_gradient(q, band.k, band.v) else BAND_CHUNKS
+    for first, chunks, low, width in _runs(starts, ends, together):
+        last = min(first + chunks * BAND_QUERIES, tokens)
+        per_chunk = (last - first) // chunks
+        index = (
+            low + torch.arange(width, device=q.device) + BAND_QUERIES * torch.arange(chunks, device=q.device)[:, None]
+        )
+        seen_from, seen_to = (x[:, first:last].reshape(-1, chunks, per_chunk, 1) for x in (start_RT, end_RT))
+        hidden = ((index[:, None] < seen_from) | (index[:, None] >= seen_to)).flatten(0, 1)[:, None]
+        queries = q_BGJTD[:, :, :, first:last].unflatten(3, (chunks, per_chunk)).permute(0, 3, 1, 2, 4, 5)
+        queries = queries.reshape(batch * chunks, kv_heads, repeat * per_chunk, size)
+        keys, values = (_chunked(x, low, width, chunks) for x in (k_BGnD, v_BGnD))
+        out, lse = _partial(queries, keys, values, hidden.repeat(1, 1, repeat, 1))
+        out = out.reshape(batch, chunks, kv_heads, repeat, per_chunk, size).permute(0, 1, 4, 2, 3, 5)
+        outs.append(out.reshape(batch, last - first, heads, size))
+        lse = lse.reshape(batch, chunks, kv_heads, repeat, per_chunk).permute(0, 1, 4, 2, 3)
+        logs.append(lse.reshape(batch, last - first, heads))
+    return torch.cat(outs, dim=1), torch.cat(logs, dim=1)
+
+
+def _runs(starts: list[int], ends: list[int], longest: int) -> Iterator[tuple[int, int, int, int]]:
+    """Chunks of queries, alike ones together: (first query, chunks, first key of the first chunk, keys a chunk).
+
+    Chunks are alike if each begins BAND_QUERIES keys after the one before and has as many queries and keys.
+    """
+    run: tuple[int, int, int, int] | None = None
+    for first in range(0, len(starts), BAND_QUERIES):
+        last = min(first + BAND_QUERIES, len(starts))
         # start and end never decrease, so the chunk's first start and last end bound it
         low, high = min(starts[first], ends[last - 1]), ends[last - 1]
-        queries = q_BGJTD[:, :, :, first:last].reshape(batch, kv_heads, repeat * (last - first), size)
-        index = torch.arange(low, high, device=q.device)
-        hidden = (index < start_RT[:, None, first:last, None]) | (index >= end_RT[:, None, first:last, None])
-        out, lse = _partial(queries, k_BGnD[:, :, low:high], v_BGnD[:, :, low:high], hidden.repeat(1, 1, repeat, 1))
-        outs.append(out.reshape(batch, kv_heads, repeat, last - first, size))
-        logs.append(lse.reshape(batch, kv_heads, repeat, last - first))
-    out = torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(batch, tokens, heads, size)
-    return out, torch.cat(logs, dim=3).permute(0, 3, 1, 2).reshape(batch, tokens, heads)
+        if run is not None:
+            begun, chunks, low_of_run, width = run
+            shift = chunks * BAND_QUERIES
+            full = last - first == BAND_QUERIES
+            if full and chunks < longest and (low, high) == (low_of_run + shift, low_of_run + shift + width):
+                run = begun, chunks + 1, low_of_run, width
+                continue
+            yield run
+        run = first, 1, low, high - low
+    if run is not None:
+        yield run
+
+
+def _chunked(x_BGnD: torch.Tensor, low: int, width: int, chunks: int) -> torch.Tensor:
+    """(B * chunks, G, width, D): keys of consecutive chunks, which overlap: a view, no copy, if there is one batch row
+    or one chunk."""
+    if chunks == 1:
+        return x_BGnD[:, :, low : low + width]
+    cut = x_BGnD[:, :, low : low + width + (chunks - 1) * BAND_QUERIES]
+    return cut.unfold(2, width, BAND_QUERIES).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
 
 def paged_attention(

@@ -53,6 +53,8 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
     Returns:
         o (..., D), zero where no source sees anything, and l (...), -inf there.
     """
+    if len(parts) == 1:
+        return parts[0]
     logs = torch.stack([lse for _, lse in parts])
     top = logs.amax(dim=0)
     shift = torch.where(top.isfinite(), top, 0.0)

@@ -1,0 +1,33 @@
+"""Every kernel, in every configuration the autotuner may pick, becomes machine code with no GPU: it fits, it spills no
+register, and it multiplies matrices by matrix instructions."""
+
+import pytest
+
+from memtier.errors import ConfigError, KernelError
+from memtier_kernels.testing import OPS, compile_report
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_without_spills_and_with_matrix_instructions(op, arch):
+    rows = compile_report(op, arch)
+    assert rows
+    for row in rows:
+        assert row["op"] == op
+        assert row["spill_bytes"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= SHARED_BYTES[arch], row
+        assert row["has_mma"] == row["has_dot"], row
+
+
+def test_a_report_on_an_unknown_op_is_refused():
+    with pytest.raises(ConfigError, match="ssm"):
+        compile_report("ssm", "sm_80")
+
+
+def test_what_does_not_compile_is_an_error_that_says_why():
+    with pytest.raises(KernelError, match="sm_12"):
+        compile_report("innovation", 12)

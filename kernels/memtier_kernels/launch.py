@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["launch", "recording"]
+__all__ = ["is_recording", "launch", "recording"]
 
 _record: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 
@@ -39,3 +39,8 @@ def recording(note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> I
         yield
     finally:
         _record = before
+
+
+def is_recording() -> bool:
+    """Whether launches are noted instead of run: then a kernel needs no device."""
+    return _record is not None

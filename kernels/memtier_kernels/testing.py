@@ -125,7 +125,7 @@ def compile_report(
     if op not in OPS:
         raise ConfigError(f"op is {op!r}; it must be one of {sorted(OPS)}.")
     asked = {"op": op, "arch": int(str(arch).removeprefix("sm_")), "dtype": str(dtype).removeprefix("torch.")}
-    command = json.dumps({**asked, "sizes": {**REPORT_SIZES.get(op, {}), **sizes}})
+    command = json.dumps({**asked, "calls": [{**preset, **sizes} for preset in REPORT_SIZES.get(op, [{}])]})
     done = subprocess.run(
         [sys.executable, "-m", "memtier_kernels.triton_offline", command],
         env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
@@ -277,16 +277,18 @@ OPS: dict[str, dict[str, int]] = {
     "ssd": {"B": 2, "T": 33, "H": 4, "G": 2, "P": 8, "N": 6},
 }  # fmt: skip
 
-# sizes met in practice, where tiles are as large as they get: what `compile_report` compiles
-REPORT_SIZES: dict[str, dict[str, int]] = {
-    "causal_conv1d": {"B": 2, "T": 512, "C": 1024},
-    "innovation": {"B": 2, "T": 512, "E": 2048},
-    "keep_surprising": {"B": 2, "n": 512, "m": 64},
-    "landmarks": {"B": 1, "n": 16, "S": 64, "G": 8, "D": 128},
-    "select_blocks": {"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8},
-    "span_attention": {
-        "B": 1, "T": 512, "H": 32, "G": 8, "D": 128, "W": 256, "S": 64, "K": 8, "blocks": 32, "M": 64, "r": 64,
-        "sinks": 4,
-    },
-    "ssd": {"B": 1, "T": 512, "H": 16, "G": 1, "P": 64, "N": 128},
+_SPAN_ATTENTION = {
+    "B": 1, "H": 32, "G": 8, "D": 128, "W": 256, "S": 64, "K": 8, "blocks": 32, "M": 64, "r": 64, "sinks": 4,
 }  # fmt: skip
+
+# sizes met in practice, where tiles are as large as they get: the calls that `compile_report` compiles
+REPORT_SIZES: dict[str, list[dict[str, int]]] = {
+    "causal_conv1d": [{"B": 2, "T": 512, "C": 1024}],
+    "innovation": [{"B": 2, "T": 512, "E": 2048}],
+    "keep_surprising": [{"B": 2, "n": 512, "m": 64}],
+    "landmarks": [{"B": 1, "n": 16, "S": 64, "G": 8, "D": 128}],
+    "select_blocks": [{"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8}],
+    # prefill, and decoding
+    "span_attention": [{**_SPAN_ATTENTION, "T": 512}, {**_SPAN_ATTENTION, "T": 1}],
+    "ssd": [{"B": 1, "T": 512, "H": 16, "G": 1, "P": 64, "N": 128}],
+}

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class _Driver:
         return 0
 
 
-def report(op: str, arch: int, dtype: torch.dtype, sizes: dict[str, Any]) -> list[dict[str, Any]]:
+def report(op: str, arch: int, dtype: torch.dtype, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """See `memtier_kernels.testing.compile_report`."""
     driver.set_active(_Driver(arch))  # pyright: ignore[reportArgumentType]
     rows: dict[str, dict[str, Any]] = {}
@@ -62,13 +63,18 @@ def report(op: str, arch: int, dtype: torch.dtype, sizes: dict[str, Any]) -> lis
                 name = inner.fn.__name__
                 rows[compiled.hash] = {"op": op, "kernel": name, "config": {**named, **options}, **_measure(compiled)}
 
-    arguments = make_inputs(op, dtype=dtype, **sizes)
+    for sizes in calls:
+        _call(op, make_inputs(op, dtype=dtype, **sizes), note)
+    return list(rows.values())
+
+
+def _call(op: str, arguments: dict[str, Any], note: Callable[..., None]) -> None:
+    """The op forward and backward, its launches noted."""
     with recording(note):
         outputs = tensors(getattr(memtier_kernels, op)(**arguments, impl="triton"))
         smooth = [t for t in outputs if t.requires_grad]
         if smooth:
             torch.autograd.grad(smooth, leaves(arguments), [torch.zeros_like(t) for t in smooth], allow_unused=True)
-    return list(rows.values())
 
 
 def _measure(compiled: Any) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def _measure(compiled: Any) -> dict[str, Any]:
 def main() -> None:
     """Read the arguments of `report` from the command line as JSON, print its rows as JSON."""
     asked = json.loads(sys.argv[1])
-    rows = report(asked["op"], asked["arch"], getattr(torch, asked["dtype"]), asked["sizes"])
+    rows = report(asked["op"], asked["arch"], getattr(torch, asked["dtype"]), asked["calls"])
     print(json.dumps(rows))
 
 

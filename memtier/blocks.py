@@ -155,3 +155,15 @@ class SpanSelector(Protocol):
             keys and values, each (B, n, S, G, D) in the storage dtype on the CPU; zeros where there is no block.
         """
         ...
+
+    def resident(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Blocks where attention can read them on the device, without a copy of their own.
+
+        Args:
+            ids: (B, R, k) int64 on the CPU, -1 for none.
+
+        Returns:
+            keys and values of a pool, each (B, n, S, G, D) in the storage dtype, good for this step; and the place of
+            each block in it, (B, R, k) int64, -1 for none; all on the device. None if they must be fetched.
+        """
+        ...

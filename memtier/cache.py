@@ -97,6 +97,10 @@ class TieredCache(Cache):
         """See `SpanSelector.fetch`."""
         return self.selector.fetch(layer, ids)
 
+    def resident(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """See `SpanSelector.resident`."""
+        return self.selector.resident(layer, ids)
+
     # what a session calls
 
     def mark(self, position: int) -> None:

@@ -51,6 +51,12 @@ class MemoryConfig(BaseModel):
     retrieval: RetrievalMode = Field("on", description="'off', 'random' and 'recent' are the controls.")
     hot_bytes: int | None = Field(64 * 2**20, ge=0, description="K/V kept in host memory, a session. None: all.")
     landmark_bytes: int | None = Field(64 * 2**20, ge=0, description="Landmarks kept in host memory, a session.")
+    device_pool_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="K/V kept on the device for all sessions. None: on a GPU an eighth of its free memory, at most "
+        "2 GiB, else 0. 0: none.",
+    )
     inbox_blocks: int = Field(256, ge=1, description="Sealed blocks that may wait for the disk, a session.")
     snapshot_every_tokens: int = Field(32_768, ge=1, description="Tokens between two snapshots of the state.")
     max_open_sessions: int = Field(64, ge=1, description="Sessions one runtime holds open.")

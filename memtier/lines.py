@@ -144,7 +144,7 @@ class AsideLine(Line):
     async def _begin(self) -> None:
         timeline = self._session.timeline
         self._refuse_silence(timeline.position)
-        reader = await self._session.model_thread.run(timeline.reader.aside)
+        reader = self._reader = await self._session.model_thread.run(timeline.reader.aside)
         await timeline.replay(reader)
         if self._prompt is not None:
             async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
@@ -153,7 +153,6 @@ class AsideLine(Line):
                     read = partial(reader.step, step.tokens, self._manner, marks=marks)
                     await self._session.model_thread.run(read)
                     await anyio.lowlevel.checkpoint()
-        self._reader = reader
 
     async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
         def step() -> int:
@@ -167,7 +166,9 @@ class AsideLine(Line):
         return self._unread
 
     async def _end(self) -> None:
-        self._reader = None
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await self._session.model_thread.run(reader.drop)
 
 
 async def _marked(steps: AsyncGenerator[Step]) -> AsyncGenerator[tuple[Step, bool]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from memtier.blocks import MemorySettings, RetrievalMode
 from memtier.cache import TieredCache
 from memtier.retriever import OverlaySelector, StorageSelector
+from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.state import pack_snapshot, unpack_snapshot
 from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
@@ -55,13 +56,17 @@ class Reader:
         weights: the model.
         settings: memory sizes.
         storage: where blocks go.
+        pool: blocks on the device; None if there is no pool.
     """
 
-    def __init__(self, weights: WeightsTier, settings: MemorySettings, storage: StorageTier) -> None:
+    def __init__(
+        self, weights: WeightsTier, settings: MemorySettings, storage: StorageTier, pool: DevicePool | None = None
+    ) -> None:
         self._weights = weights
         self._settings = settings
         self._storage = storage
-        self._selector = StorageSelector(storage)
+        self._pool = pool
+        self._selector = StorageSelector(storage, pool=pool)
         self.cache: TieredCache | None = None
         self.logits: torch.Tensor | None = None
 
@@ -96,6 +101,7 @@ class Reader:
     def drop(self) -> None:
         """Let go of what the device holds."""
         self.cache = self.logits = None
+        self._selector.release()
 
     def step(
         self, tokens: NDArray[np.int32] | Sequence[int], manner: Manner, *, marks: Collection[int] = (),
@@ -114,6 +120,8 @@ class Reader:
             ModelError: the model refused; the cache is dropped, and blocks sealed in this step are forgotten.
             StorageError: a retrieved block could not be read; likewise.
         """
+        if self._pool is not None:
+            self._pool.begin_step()
         cache = self.cache
         assert cache is not None, "a dropped reader must be restored before it reads"
         blocks_before = self._storage.blocks
@@ -161,7 +169,7 @@ class _Aside(Reader):
     """See `Reader.aside`."""
 
     def __init__(self, original: Reader) -> None:
-        super().__init__(original._weights, original._settings, original._storage)
+        super().__init__(original._weights, original._settings, original._storage, original._pool)
         assert original.cache is not None
         self._selector = OverlaySelector(original._selector)
         self.cache = original.cache.clone(self._selector)

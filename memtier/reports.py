@@ -158,12 +158,22 @@ class SessionStats(_Report):
 
 
 class RuntimeStats(_Report):
-    """Counters of a runtime: its open sessions, and the jobs that wait for the model thread."""
+    """Counters of a runtime: its open sessions, the jobs that wait for the model thread, and its device pool.
+
+    `pool_bytes` are on the device whether used or not. `pool_hit_rate` is the share of retrieved blocks that were in
+    the pool, None before the first. `pool_refusals` counts how often a layer needed more blocks than there was room for.
+    """
 
     model: str
     device: str
     waiting_steps: int
     open_sessions: int
+    pool_bytes: int
+    pool_blocks: int
+    pool_hits: int
+    pool_misses: int
+    pool_refusals: int
+    pool_hit_rate: float | None
     sessions: tuple[SessionStats, ...]
 
 

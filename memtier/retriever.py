@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from memtier.blocks import RetrievalMode
+from memtier.tiers.device_pool import DevicePool, PoolKey
 from memtier.tiers.storage import StorageTier
 from memtier_kernels import select_blocks
 
@@ -31,11 +32,14 @@ class StorageSelector:
     Args:
         storage: the session's storage tier.
         mode: how blocks are chosen; may be set between two steps.
+        pool: of the runtime, for blocks on the device; None if there is none.
     """
 
-    def __init__(self, storage: StorageTier, mode: RetrievalMode = "on") -> None:
+    def __init__(self, storage: StorageTier, mode: RetrievalMode = "on", pool: DevicePool | None = None) -> None:
         self.storage = storage
         self.mode: RetrievalMode = mode
+        self.pool = pool
+        self.owner = 0 if pool is None else pool.new_owner()
 
     def append(
         self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
@@ -70,6 +74,26 @@ class StorageSelector:
         both = stacked[place]
         return both[None, :, 0], both[None, :, 1]
 
+    def resident(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """See `SpanSelector.resident`."""
+        if self.pool is None:
+            return None
+        unique, place = torch.unique(_one(ids), return_inverse=True)
+        blocks = [block for block in unique.tolist() if block >= 0]
+        slots = self.pool.place(
+            [(self._owner_of(block), layer, block) for block in blocks], lambda missing: self._load(layer, missing)
+        )
+        if slots is None:
+            return None
+        keys, values = self.pool.keys[None], self.pool.values[None]
+        none = [-1] * (unique.numel() - len(blocks))
+        return keys, values, torch.tensor(none + slots)[place][None].to(keys.device, non_blocking=True)
+
+    def release(self, first_block: int = 0) -> None:
+        """Let go of what the pool holds for this selector, from a block on. Runs on the model thread."""
+        if self.pool is not None:
+            self.pool.free(self.owner, first_block)
+
     def _best(
         self, layer: int, queries: torch.Tensor, visible: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +111,13 @@ class StorageSelector:
     def _tensors(self, layer: int, blocks: Sequence[int]) -> list[torch.Tensor]:
         return self.storage.fetch(layer, blocks)
 
+    def _load(self, layer: int, missing: Sequence[PoolKey]) -> list[torch.Tensor]:
+        return self._tensors(layer, [block for _, _, block in missing])
+
+    def _owner_of(self, block: int) -> int:
+        """Whose block it is, as the pool knows it."""
+        return self.owner
+
 
 class OverlaySelector(StorageSelector):
     """A selector that sees a session's blocks and keeps its own to itself: for answers that are not remembered.
@@ -96,7 +127,8 @@ class OverlaySelector(StorageSelector):
     """
 
     def __init__(self, base: StorageSelector) -> None:
-        super().__init__(base.storage, base.mode)
+        super().__init__(base.storage, base.mode, base.pool)
+        self._base_owner = base.owner
         self._first = base.storage.blocks
         self._tensors_of: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
         self._landmarks: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
@@ -119,6 +151,9 @@ class OverlaySelector(StorageSelector):
         below = [block for block in blocks if block < self._first]
         own = [self._tensors_of[layer][block - self._first] for block in blocks if block >= self._first]
         return self.storage.fetch(layer, below, counted=False) + own
+
+    def _owner_of(self, block: int) -> int:
+        return self._base_owner if block < self._first else self.owner
 
 
 def _one(batched: torch.Tensor) -> torch.Tensor:

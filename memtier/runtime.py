@@ -21,11 +21,12 @@ from memtier.errors import ConfigError, MemtierError, SessionError
 from memtier.folder import Backends, SessionFolder
 from memtier.history import History
 from memtier.listing import describe_all, remove
-from memtier.reader import Manner, Reader
+from memtier.reader import STEP_TOKENS, Manner, Reader
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import WorkerThread
+from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.retry import retry
 from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
@@ -92,6 +93,7 @@ class Runtime:
             self._weights: WeightsTier = await self._model_thread.run(self._load)
             model = self._weights.config
             self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
+            self._pool = await self._model_thread.run(self._make_pool)
             self._log_estimate()
             await self._tasks.__aenter__()
         except BaseException:
@@ -119,6 +121,8 @@ class Runtime:
                 except MemtierError as failure:
                     log.error("session %r was closed with an error: %s", session.id, failure)
                     failures.append(failure)
+            if self._pool is not None:
+                await self._model_thread.run(self._pool.close)
             await self._model_thread.run(self._weights.close)
         try:
             await self._tasks.__aexit__(None, None, None)
@@ -195,11 +199,18 @@ class Runtime:
     def stats(self) -> RuntimeStats:
         """Counters of the runtime and its open sessions, at once."""
         self._check_open()
+        pool = self._pool
         return RuntimeStats(
             model=self._weights.name,
             device=str(self._weights.device),
             waiting_steps=self._model_thread.waiting,
             open_sessions=len(self._sessions),
+            pool_bytes=0 if pool is None else pool.nbytes,
+            pool_blocks=0 if pool is None else pool.blocks,
+            pool_hits=0 if pool is None else pool.hits,
+            pool_misses=0 if pool is None else pool.misses,
+            pool_refusals=0 if pool is None else pool.refusals,
+            pool_hit_rate=None if pool is None else pool.hit_rate,
             sessions=tuple(session.stats() for session in self._sessions.values()),
         )
 
@@ -248,7 +259,7 @@ class Runtime:
             session_id, opened, history, storage, self._weights.codec, io,
             inbox_blocks=config.inbox_blocks, indexed=indexed,
         )  # fmt: skip
-        reader = Reader(self._weights, settings, storage)
+        reader = Reader(self._weights, settings, storage, self._pool)
         timeline = Timeline(
             session_id, history, reader, updater, self._model_thread, io, opened.snapshots,
             config.snapshot_every_tokens,
@@ -261,6 +272,7 @@ class Runtime:
                 updater.stop()
                 await done.wait()
                 await updater.close()
+                await self._model_thread.run(reader.drop)
             raise
         return Session(
             session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline,
@@ -274,6 +286,13 @@ class Runtime:
     def _stop_threads(self) -> None:
         for thread in (self._model_thread, self._journal_thread):
             thread.close()
+
+    def _make_pool(self) -> DevicePool | None:
+        model = self._weights.config
+        return DevicePool.make(
+            self._config.device_pool_bytes, self._settings, model.num_key_value_heads, model.head_dim,
+            self._weights.device, step_tokens=STEP_TOKENS,
+        )  # fmt: skip
 
     def _log_estimate(self) -> None:
         model, layers = self._weights.config, len(self._settings.memory_layers)

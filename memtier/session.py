@@ -327,7 +327,7 @@ class Session:
         try:
             await self._updater.close()
         finally:
-            self.timeline.reader.drop()
+            await self.model_thread.run(self.timeline.reader.drop)
             try:
                 await self._journal_thread.run(self._folder.close)
             finally:

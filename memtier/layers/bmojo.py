@@ -124,7 +124,7 @@ class BMojoMixer(nn.Module):
                 span_ids = step.ids
                 span = None if step.empty else step.paged(settings)
                 if carried is not None:
-                    changes.update(step.carried(), query_tail=roll(carried.query_tail, queries))
+                    changes.update(step.carried(h.dtype), query_tail=roll(carried.query_tail, queries))
         eidetic = None
         if settings.eidetic_tokens and surprise is not None and not (dense and self.layer in settings.memory_layers):
             chosen = eidetic_step(plan, carried, keys, values, surprise, prefix)

@@ -37,6 +37,9 @@ class HostSpanSelector:
         take = ids.clamp(min=0)
         return keys[rows, take].masked_fill(missing, 0), values[rows, take].masked_fill(missing, 0)
 
+    def resident(self, layer: int, ids: torch.Tensor) -> None:
+        """See `SpanSelector.resident`: nothing is kept on the device."""
+
     def reorder(self, order: torch.Tensor) -> None:
         """Keep the rows of the batch named by `order`."""
         self._blocks = {

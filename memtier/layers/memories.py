@@ -44,6 +44,8 @@ class LayerMemory(Protocol):
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def resident(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None: ...
+
 
 @dataclass(frozen=True)
 class EideticStep:
@@ -138,7 +140,8 @@ class SpanStep:
     """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their
     numbers.
 
-    `empty` is True where the table is known to name no block.
+    The pools are of the model's dtype or of the storage's; `empty` is True where the table is known to name no block;
+    `fresh` is False where all is as the last step left it.
     """
 
     keys: torch.Tensor
@@ -147,15 +150,24 @@ class SpanStep:
     ids: torch.Tensor
     scores: torch.Tensor
     empty: bool
+    fresh: bool = True
 
-    def carried(self) -> dict[str, torch.Tensor]:
-        """The last group's span, as fields of AttentionState."""
+    def carried(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The last group's span, as those fields of AttentionState that change."""
+        if not self.fresh:
+            return {}
         rows = torch.arange(self.table.shape[0], device=self.table.device)[:, None]
         last = self.table[:, -1]
-        empty = (last < 0)[..., None, None, None]
+        missing = (last < 0)[..., None, None, None]
+
+        def taken(pool: torch.Tensor) -> torch.Tensor:
+            if self.empty:
+                return pool.new_zeros(*last.shape, *pool.shape[2:], dtype=dtype)
+            return pool[rows, last.clamp(min=0)].to(dtype).masked_fill(missing, 0.0)
+
         return {
-            "span_keys": self.keys[rows, last.clamp(min=0)].masked_fill(empty, 0.0),
-            "span_values": self.values[rows, last.clamp(min=0)].masked_fill(empty, 0.0),
+            "span_keys": taken(self.keys),
+            "span_values": taken(self.values),
             "span_ids": self.ids[:, -1].clone(),
             "span_scores": self.scores[:, -1].clone(),
         }
@@ -200,40 +212,69 @@ def span_step(
         marks = landmarks(owned[0].to(torch.float32))
         labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float().cpu()
         memory.seal(layer, plan.sealed_from, *owned, marks, labels)
-    pool_k, pool_v, tables, all_ids, all_scores = [], [], [], [], []
-    empty = True
-    if plan.carried:
-        # on a GPU the question would cost a wait
-        empty = not state.span_ids.is_cuda and not bool((state.span_ids >= 0).any())
-        pool_k.append(state.span_keys)
-        pool_v.append(state.span_values)
-        places = torch.arange(state.span_ids.shape[1], device=keys.device).expand(state.span_ids.shape)
-        tables.append(places.masked_fill(state.span_ids < 0, -1)[:, None])
-        all_ids.append(state.span_ids[:, None])
-        all_scores.append(state.span_scores[:, None])
-    if fresh:
+    held = _held(state) if plan.carried else None
+    if not fresh:
+        assert held is not None, "a step without a boundary goes on with the last one's span"
+        return held
+    if picks is None:
         rows = (keys.shape[0], len(fresh), k)
-        if picks is None:
-            ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
-        else:
-            ids, scores = memory.select(
-                layer, picks.float().cpu(), torch.tensor(plan.boundaries[plan.new]), torch.tensor(fresh), k
-            )
-        offset = state.span_ids.shape[1] if plan.carried else 0
-        unique, place = ids.clamp(min=0).unique(return_inverse=True)
-        if bool((ids >= 0).any()):
-            empty = False
-            fetched_k, fetched_v = memory.fetch(layer, unique.expand(keys.shape[0], -1))
-            pool_k.append(fetched_k.to(keys.device, keys.dtype))
-            pool_v.append(fetched_v.to(keys.device, keys.dtype))
-        tables.append((place + offset).masked_fill(ids < 0, -1).to(keys.device))
-        all_ids.append(ids.to(keys.device))
-        all_scores.append(scores.to(keys.device, torch.float32))
-    if not pool_k:
-        pool_k, pool_v = [state.span_keys], [state.span_values]
+        ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
+    else:
+        ids, scores = memory.select(
+            layer, picks.float().cpu(), torch.tensor(plan.boundaries[plan.new]), torch.tensor(fresh), k
+        )
+    scores = scores.to(keys.device, torch.float32)
+    if bool((ids >= 0).any()):
+        return _resident(layer, memory, held, ids, scores) or _fetched(layer, memory, held, ids, scores, keys)
+    none = ids.to(keys.device)
+    return _after(held, SpanStep(state.span_keys, state.span_values, none, none, scores, empty=True))
+
+
+def _held(state: AttentionState) -> SpanStep:
+    """The span that a step begins with."""
+    ids = state.span_ids
+    # on a GPU to look would cost a wait
+    empty = ids.shape[1] == 0 or (not ids.is_cuda and not bool((ids >= 0).any()))
+    table = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape).masked_fill(ids < 0, -1)
     return SpanStep(
-        torch.cat(pool_k, dim=1), torch.cat(pool_v, dim=1), _join(tables, -1), _join(all_ids, -1),
-        _join(all_scores, float("-inf")), empty,
+        state.span_keys, state.span_values, table[:, None], ids[:, None], state.span_scores[:, None], empty, fresh=False
+    )
+
+
+def _resident(
+    layer: int, memory: LayerMemory, held: SpanStep | None, ids: torch.Tensor, scores: torch.Tensor
+) -> SpanStep | None:
+    """The span of all groups where it lies in a pool on the device; None where there is no pool, or no room in it."""
+    every = ids if held is None else _join([held.ids.cpu(), ids], -1)
+    found = memory.resident(layer, every)
+    if found is None:
+        return None
+    keys, values, table = found
+    scores = scores if held is None else _join([held.scores, scores], float("-inf"))
+    return SpanStep(keys, values, table, every.to(keys.device), scores, empty=False)
+
+
+def _fetched(
+    layer: int, memory: LayerMemory, held: SpanStep | None, ids: torch.Tensor, scores: torch.Tensor,
+    like: torch.Tensor,
+) -> SpanStep:  # fmt: skip
+    """The span of all groups, the new blocks copied to the device for this step."""
+    unique, place = ids.clamp(min=0).unique(return_inverse=True)
+    keys, values = (t.to(like.device, like.dtype) for t in memory.fetch(layer, unique.expand(ids.shape[0], -1)))
+    if held is not None:
+        place = place + held.keys.shape[1]
+        keys, values = torch.cat([held.keys, keys], dim=1), torch.cat([held.values, values], dim=1)
+    table = place.masked_fill(ids < 0, -1).to(like.device)
+    return _after(held, SpanStep(keys, values, table, ids.to(like.device), scores, empty=False))
+
+
+def _after(held: SpanStep | None, chosen: SpanStep) -> SpanStep:
+    """The groups of `held`, then those of `chosen`, whose pool begins with that of `held`."""
+    if held is None:
+        return chosen
+    return SpanStep(
+        chosen.keys, chosen.values, _join([held.table, chosen.table], -1), _join([held.ids, chosen.ids], -1),
+        _join([held.scores, chosen.scores], float("-inf")), held.empty and chosen.empty,
     )  # fmt: skip
 
 
@@ -249,7 +290,7 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged) -> torch.Tensor:
     batch, _, size = q.shape
     block, kv_heads = span.k.shape[2:4]
     table = span.table[:, -1]
-    keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].flatten(1, 2)
+    keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].to(q.dtype).flatten(1, 2)
     if span.cos is not None and span.sin is not None:
         keys = apply_rotary(keys, span.cos, span.sin)
     hidden = (table < 0)[..., None].expand(-1, -1, block)

@@ -77,7 +77,7 @@ def rotate_sources(
         if isinstance(span, Band):
             span = turn_band(span)
         elif span is not None and sources.span_ids is not None:
-            span = _turn_span(span, sources.span_ids, shift, turn)
+            span = _turn_span(span, sources.span_ids, shift, turn, q.dtype)
         if eidetic is not None and sources.eidetic_positions is not None:
             eidetic = replace(eidetic, k=turn(eidetic.k, sources.eidetic_positions[..., None] + shift))
         if sinks is not None:
@@ -96,7 +96,7 @@ def rotate_sources(
     return near, far, replace(sources, sinks=sinks, eidetic=eidetic, span=by_place(span, sum(far_sizes[:2])))
 
 
-def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:
+def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn, dtype: torch.dtype) -> Paged:
     """The span with one pool entry a table entry, each rotated to the distance of its own tokens."""
     batch, rows, blocks = span.table.shape
     block = span.k.shape[2]
@@ -105,5 +105,6 @@ def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn) -> Paged:
     positions = ids.clamp(min=0).flatten(1)[..., None] * block + torch.arange(block, device=ids.device) + shift
     table = torch.arange(rows * blocks, device=ids.device).reshape(rows, blocks).expand(batch, -1, -1)
     return replace(
-        span, k=turn(span.k[line, take], positions), v=span.v[line, take], table=table.masked_fill(ids < 0, -1)
-    )
+        span, k=turn(span.k[line, take].to(dtype), positions), v=span.v[line, take].to(dtype),
+        table=table.masked_fill(ids < 0, -1),
+    )  # fmt: skip

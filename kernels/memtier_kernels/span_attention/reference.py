@@ -102,6 +102,8 @@ def _flash_on_cpu(
     It has a backward pass, but none for the log-sum-exp.
     """
     lead = q.shape[:-2]
+    # it reads the last axis as if it were dense, whatever its stride
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
     mask = mask.expand(*lead[:-1], mask.shape[-3], q.shape[-2], k.shape[-2])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

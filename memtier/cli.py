@@ -8,17 +8,29 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import os
-import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 import memtier
+from memtier.cli_bench import bench
+from memtier.cli_options import (
+    DEFAULT_HOT_BYTES,
+    DEFAULT_STORE,
+    Device,
+    HotBytes,
+    Json,
+    Model,
+    OptionalStore,
+    SessionArgument,
+    Store,
+    Tenant,
+    Threads,
+    kept_or_temporary,
+)
 from memtier.errors import ConfigError, MemtierError, StorageFullError
 
 __all__ = ["app", "main"]
@@ -30,23 +42,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure what memtier costs on this machine.", no_args_is_help=True, rich_markup_mode=None)
 train = typer.Typer(help="Train a model by one of memtier's own recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
-
-Store = Annotated[Path, typer.Option(help="Folder that holds the sessions.")]
-OptionalStore = Annotated[Path | None, typer.Option(help="Keep the store in this folder (default: a temporary one).")]
-Tenant = Annotated[str, typer.Option(help="Whose sessions: tenants never see each other's.")]
-Model = Annotated[str, typer.Option(help="'nano', a Hugging Face id, or a folder with a B'MOJO model.")]
-Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-HotBytes = Annotated[int, typer.Option(help="Host memory for blocks, in bytes.")]
-Threads = Annotated[int, typer.Option(help="CPU threads to compute on; nano is too small to gain from more.")]
-SessionArgument = Annotated[str, typer.Argument(help="Id of the session.")]
-
-DEFAULT_STORE = Path("memory")
-DEFAULT_HOT_BYTES = 64 * 2**20
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -105,7 +103,7 @@ def demo(
     from memtier.console import emit_json, progress, show_demo
 
     options = DemoOptions(size_bytes, facts, seed, file, model, device, tenant, hot_bytes, threads)
-    with _kept_or_temporary(store) as folder, progress() as on_progress:
+    with kept_or_temporary(store) as folder, progress() as on_progress:
         report = run_demo(folder, options, on_progress)
     (emit_json if as_json else show_demo)(report)
 
@@ -231,35 +229,6 @@ def sessions(store: Store = DEFAULT_STORE, tenant: Tenant = "default", as_json: 
         show_sessions(found)
 
 
-@bench.command("stream")
-def bench_stream(
-    hot_bytes: HotBytes = DEFAULT_HOT_BYTES,
-    late_tokens: Annotated[int, typer.Option(help="Where the late cost is measured.")] = 200_000,
-    file: Annotated[Path | None, typer.Option(help="Text to stream (default: CPython's own manual).")] = None,
-    store: OptionalStore = None,
-    model: Model = "nano",
-    device: Device = "auto",
-    threads: Threads = 1,
-    as_json: Json = False,
-) -> None:
-    """Cost of a token early and late in a session: time, resident memory, disk."""
-    from memtier.bench.stream import StreamOptions, run_stream
-    from memtier.console import emit_json, progress, show_values
-
-    options = StreamOptions(
-        hot_bytes=hot_bytes,
-        late_tokens=late_tokens,
-        file=file,
-        model=model,
-        device=device,
-        threads=threads,
-        command=shlex.join(["memtier", *sys.argv[1:]]),
-    )
-    with _kept_or_temporary(store) as folder, progress() as on_progress:
-        report = run_stream(folder, options, on_progress)
-    emit_json(report) if as_json else show_values("bench stream", report)
-
-
 @train.command("nano")
 def train_nano(
     corpus: Annotated[Path, typer.Argument(help="Folder of .txt and .md files.")],
@@ -282,15 +251,6 @@ def train_nano(
             show_progress=sys.stderr.isatty())
     )  # fmt: skip
     emit_json(report) if as_json else show_values("nano", report)
-
-
-@contextmanager
-def _kept_or_temporary(store: Path | None) -> Iterator[Path]:
-    if store is not None:
-        yield store
-        return
-    with tempfile.TemporaryDirectory(prefix="memtier-") as folder:
-        yield Path(folder) / "store"
 
 
 def _pieces(file: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:

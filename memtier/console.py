@@ -165,6 +165,15 @@ def show_demo(report: dict[str, Any]) -> None:
     )
 
 
+def show_kernels(report: dict[str, Any]) -> None:
+    """What each candidate of each case took."""
+    rows = [
+        (row["case"], row["candidate"], row["median_ms"], row["times_memtier"], row["status"])
+        for row in report["rows"]
+    ]  # fmt: skip
+    _print(f"written to {report['written_to']}", ("case", "candidate", "ms", "times memtier", ""), rows)
+
+
 def _state_line(layer: Any) -> str:
     half_life = "" if layer.half_life_tokens is None else f", half-life {layer.half_life_tokens:,.0f} tokens"
     return f"layer {layer.layer}: {layer.kind} {'×'.join(map(str, layer.shape))}, norm {layer.norm:.2f}{half_life}"

@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(
     device: str, *, only: str = "", repeat: int = 1, seconds: float = 2.0, threads: int | None = None,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row for every candidate of every case, and for the errors of every op; keys are `COLUMNS`."""
     if threads is not None:
@@ -70,19 +71,24 @@ def run(
         for case in cases:
             note(case=case.name, op=case.op, status="not measured", sizes=json.dumps(case.sizes), demand=case.demand)
         return rows
-    for op in dict.fromkeys(case.op for case in cases):
+    ops = list(dict.fromkeys(case.op for case in cases))
+    for done, op in enumerate(ops):
+        on_progress("checks", done, len(ops))
         for name, status in _checks(op, device):
             note(case=name, op=op, candidate="memtier", status=status)
             if status.startswith("failed"):
                 red.add(op)
+    on_progress("checks", len(ops), len(ops))
     for number in range(repeat):
-        for case in cases:
+        for done, case in enumerate(cases, number * len(cases)):
+            on_progress("cases", done, repeat * len(cases))
             shared = {"case": case.name, "op": case.op, "sizes": json.dumps(case.sizes), "demand": case.demand}
             if case.op in red:
                 note(**shared, candidate="memtier", status="failed: not timed, its checks are red")
                 continue
             for values in _time(case, seconds):
                 note(**shared, **{"pass": number + 1}, **values)
+    on_progress("cases", repeat * len(cases), repeat * len(cases))
     return rows
 
 

@@ -15,11 +15,13 @@ LEVELS = (
     "blocks",
     "layers",
     "cache",
+    "decode_cache",
     "models",
     "config reports text threads",
     "tiers",
     "retriever generation folder history",
     "reader updater listing",
+    "batching",
     "feed timeline",
     "lines recall",
     "views",
@@ -30,7 +32,7 @@ LEVELS = (
 """Parts of memtier, lowest first: a part imports itself and parts of lower levels, never a neighbour."""
 
 TRAINING_MAY_USE = {"models", "cache", "layers", "blocks", "errors"}
-ABOVE_THE_RUNTIME = {"cli", "console", "peek", "bench", "huggingface", "testing"}
+ABOVE_THE_RUNTIME = {"cli", "cli_bench", "cli_options", "console", "peek", "bench", "huggingface", "testing"}
 """May import anything. `memtier` itself may too: it resolves its names lazily, and a test sees that it does no work."""
 
 LEAVES_MAY_BE_USED_BY = {
@@ -48,7 +50,7 @@ LEAVES_MAY_BE_USED_BY = {
         *ABOVE_THE_RUNTIME,
     },
 }
-BARE = {"errors", "blocks", "layers", "cache", "models", "training"}
+BARE = {"errors", "blocks", "layers", "cache", "decode_cache", "models", "training"}
 """Parts that run on a bare GPU image: no pydantic, no lancedb, no anyio."""
 
 

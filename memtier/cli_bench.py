@@ -1,0 +1,79 @@
+"""`memtier bench`: what memtier costs on this machine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memtier.cli_options import (
+    DEFAULT_HOT_BYTES,
+    Device,
+    HotBytes,
+    Json,
+    Model,
+    OptionalStore,
+    Threads,
+    kept_or_temporary,
+)
+
+__all__ = ["bench"]
+
+bench = typer.Typer(help="Measure what memtier costs on this machine.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@bench.command("stream")
+def bench_stream(
+    hot_bytes: HotBytes = DEFAULT_HOT_BYTES,
+    late_tokens: Annotated[int, typer.Option(help="Where the late cost is measured.")] = 200_000,
+    file: Annotated[Path | None, typer.Option(help="Text to stream (default: CPython's own manual).")] = None,
+    store: OptionalStore = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Cost of a token early and late in a session: time, resident memory, disk."""
+    from memtier.bench.stream import StreamOptions, run_stream
+    from memtier.console import emit_json, progress, show_values
+
+    options = StreamOptions(
+        hot_bytes=hot_bytes,
+        late_tokens=late_tokens,
+        file=file,
+        model=model,
+        device=device,
+        threads=threads,
+        command=shlex.join(["memtier", *sys.argv[1:]]),
+    )
+    with kept_or_temporary(store) as folder, progress() as on_progress:
+        report = run_stream(folder, options, on_progress)
+    emit_json(report) if as_json else show_values("bench stream", report)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",
+    repeat: Annotated[int, typer.Option(help="Whole passes over the cases.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time to spend on a candidate in a pass.")] = 2.0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: torch's own choice).")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file (default: kernels/benchmarks/results/DEVICE.csv).")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Time every operation against its peers, in one run; needs a clone of the project.
+
+    An operation that disagrees with its float64 reference is not timed, and the exit code is 1.
+    """
+    from memtier.bench.kernels import KernelOptions, run_kernels
+    from memtier.console import emit_json, progress, show_kernels
+
+    options = KernelOptions(device, only, repeat, seconds, threads, out, shlex.join(["memtier", *sys.argv[1:]]))
+    with progress() as on_progress:
+        report = run_kernels(options, on_progress)
+    (emit_json if as_json else show_kernels)(report)
+    if report["failed"]:
+        raise typer.Exit(1)

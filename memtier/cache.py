@@ -6,6 +6,7 @@ they are kept in host memory (`HostSpanSelector`), so the cache also works by it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,13 +17,13 @@ from memtier.errors import IncompatibleMemoryError, ModelError
 from memtier.layers.bmojo import SOURCES, BMojoMixer, MixerState
 from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
-from memtier.layers.plan import StepPlan, window_start
+from memtier.layers.plan import StepPlan, make_plan, window_start
 from memtier.layers.records import flatten, map_tensors, unflatten
 
 if TYPE_CHECKING:
     from memtier.models.bmojo.configuration_bmojo import BMojoConfig
 
-__all__ = ["TieredCache"]
+__all__ = ["LayerState", "TieredCache"]
 
 LayerState = MixerState | Mamba2State
 
@@ -54,13 +55,58 @@ class TieredCache(Cache):
         self.position = 0
         self.boundary = -1
         self.marks: set[int] = set()
-        self.states: list[LayerState] = _empty_states(
+        self.states = _empty_states(
             config, self.settings, batch_size, torch.device(device or "cpu"), dtype or _model_dtype(config)
         )
         self._collect = selector is not None and batch_size == 1
         self._sealed: dict[int, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
 
+    # the states of the layers: its own, or for a while a row of a batch that is decoded together
+
+    @property
+    def states(self) -> list[LayerState]:
+        """What each layer carries, in memory of its own: a row of a batch is copied out, and leaves the batch."""
+        self.settle()
+        return self._held[0]
+
+    @states.setter
+    def states(self, states: list[LayerState]) -> None:
+        self._held: tuple[list[LayerState], int | None] = states, None
+
+    def settle(self) -> None:
+        """Copy a row of a batch out of it."""
+        states, row = self._held
+        if row is not None:
+            only = slice(row, row + 1)
+            self._held = [map_tensors(state, lambda t: t[only].clone()) for state in states], None
+
+    @property
+    def held(self) -> tuple[list[LayerState], int | None]:
+        """The states as they lie: its own and None, or those of a batch and the row that is this cache's."""
+        return self._held
+
+    def read_in_row(self, states: list[LayerState], row: int) -> None:
+        """Move on by one token, which was read in a row of a batch."""
+        self._held = states, row
+        self.position += 1
+
+    @property
+    def chooses_next(self) -> bool:
+        """True if the next token brings more than itself: a boundary or a mark, a sink, or a span of another size."""
+        settings, at = self.settings, self.position
+        if at % settings.span_refresh_tokens == 0 or at in self.marks or at < settings.sink_tokens:
+            return True
+        spans = (self._held[0][layer] for layer in settings.memory_layers)
+        return any(
+            isinstance(state, MixerState) and state.attention.span_ids.shape[1] != settings.span_blocks
+            for state in spans
+        )
+
     # what the model calls
+
+    def plan(self, tokens: int, marks: Collection[int], device: torch.device) -> StepPlan:
+        """The plan of the next step."""
+        return make_plan(self.settings, self.position, tokens, self.marks | set(marks), self.boundary, device)
 
     def advance(self, plan: StepPlan, states: list[LayerState]) -> None:
         """Take the states after a step that every layer has finished."""
@@ -181,15 +227,20 @@ class TieredCache(Cache):
     @property
     def device(self) -> torch.device:
         """Where the carried tensors are."""
-        return next(value for _, value in flatten(self.states[0])).device
+        return next(value for _, value in flatten(self._held[0][0])).device
 
     def device_bytes(self) -> int:
-        """Bytes of the distinct storages reachable from the carried states; constant in the length of the stream."""
-        storages = {}
-        for state in self.states:
+        """Bytes of the distinct storages reachable from the carried states; constant in the length of the stream.
+
+        Of states that are shared, the part that is this cache's. May be called from any thread.
+        """
+        storages, rows = {}, 1
+        states, row = self._held
+        for state in states:
             for _, value in flatten(state, numbers=False):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return sum(storages.values())
+                rows = 1 if row is None else value.shape[0]
+        return sum(storages.values()) // rows
 
     def window(self) -> tuple[int, int]:
         """Positions [start, end) that the newest token sees in its window."""
@@ -244,7 +295,7 @@ class TieredCache(Cache):
     def attention_mass(self) -> dict[int, dict[str, float]]:
         """Share of each source in the softmax of the last step, by layer: mean over tokens and heads."""
         return {
-            i: dict(zip(SOURCES, state.attention.mass.tolist(), strict=True))
+            i: dict(zip(SOURCES, state.attention.mass.mean(0).tolist(), strict=True))
             for i, state in enumerate(self.states)
             if isinstance(state, MixerState)
         }
@@ -274,9 +325,7 @@ class TieredCache(Cache):
         if not isinstance(self.selector, HostSpanSelector):
             raise ModelError("beam search needs a cache without a selector: a session has one line of tokens.")
         self.selector.reorder(beam_idx)
-        self.states = [
-            map_tensors(s, lambda t: t if t.dim() == 1 else t.index_select(0, beam_idx)) for s in self.states
-        ]
+        self.states = [map_tensors(state, lambda t: t.index_select(0, beam_idx)) for state in self.states]
 
     def reset(self) -> None:
         """Back to position 0, with an empty store of its own."""

@@ -59,6 +59,9 @@ class MemoryConfig(BaseModel):
     )
     inbox_blocks: int = Field(256, ge=1, description="Sealed blocks that may wait for the disk, a session.")
     snapshot_every_tokens: int = Field(32_768, ge=1, description="Tokens between two snapshots of the state.")
+    max_batch_sessions: int = Field(
+        8, ge=1, description="Sessions whose sampled tokens are read in one forward pass. 1: each alone."
+    )
     max_open_sessions: int = Field(64, ge=1, description="Sessions one runtime holds open.")
     max_turn_tokens: int = Field(10_000_000, ge=1, description="Longest single turn that is taken.")
     durability: Literal["turn", "token"] = Field(

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import anyio
 import anyio.lowlevel
-import numpy as np
 import torch
 
 from memtier.errors import ConfigError, SessionError
@@ -155,14 +154,9 @@ class AsideLine(Line):
                     await anyio.lowlevel.checkpoint()
 
     async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
-        def step() -> int:
-            assert self._reader is not None, "the line was begun"
-            if self._unread is not None:
-                self._reader.step(np.array([self._unread]), self._manner)
-            assert self._reader.logits is not None, "there is something to continue"
-            return sample(self._reader.logits)
-
-        self._unread = await self._session.model_thread.run(step)
+        assert self._reader is not None, "the line was begun"
+        batcher = self._session.timeline.batcher
+        self._unread, _ = await batcher.sample(self._reader, self._unread, self._manner, sample)
         return self._unread
 
     async def _end(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,9 @@ __all__ = ["STEP_TOKENS", "Manner", "Reader", "StepResult"]
 
 STEP_TOKENS = 512
 """The longest step: what one session may keep the model thread busy with."""
+
+
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Reader:
     """Reads tokens into a cache.
 
     `cache` is None once a step failed: what the device held is then unknown, and is made again from the journal.
+    `number` is no other reader's.
 
     Args:
         weights: the model.
@@ -67,6 +72,7 @@ class Reader:
         self._storage = storage
         self._pool = pool
         self._selector = StorageSelector(storage, pool=pool)
+        self.number = next(_NUMBERS)
         self.cache: TieredCache | None = None
         self.logits: torch.Tensor | None = None
 
@@ -140,6 +146,20 @@ class Reader:
         nats, predicted = self._surprise(ids, logits) if score else (0.0, 0)
         self.logits = logits[-1].clone()
         return StepResult(sealed, nats, predicted, logits if keep_logits else None)
+
+    def plain_settings(self, manner: Manner) -> MemorySettings | None:
+        """The sizes under which the next token is read, if that may happen in a batch: nothing is chosen at it."""
+        cache = self.cache
+        if cache is None:
+            return None
+        if cache.settings.span_blocks != manner.span_blocks:
+            cache.settings = replace(self._settings, span_blocks=manner.span_blocks)
+        return None if cache.chooses_next else cache.settings
+
+    def settle(self) -> None:
+        """Take what is carried out of a batch, into memory of its own."""
+        if self.cache is not None:
+            self.cache.settle()
 
     def snapshot(self) -> bytes:
         """All that is carried, as bytes."""

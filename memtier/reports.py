@@ -158,10 +158,11 @@ class SessionStats(_Report):
 
 
 class RuntimeStats(_Report):
-    """Counters of a runtime: its open sessions, the jobs that wait for the model thread, and its device pool.
+    """Counters of a runtime: its open sessions, the jobs that wait for the model thread, its device pool, and
+    `decode_batches`: forward passes over sampled tokens by how many sessions shared them.
 
     `pool_bytes` are on the device whether used or not. `pool_hit_rate` is the share of retrieved blocks that were in
-    the pool, None before the first. `pool_refusals` counts how often a layer needed more blocks than there was room for.
+    the pool, None before the first. `pool_refusals` counts how often a layer needed more than there was room for.
     """
 
     model: str
@@ -174,6 +175,7 @@ class RuntimeStats(_Report):
     pool_misses: int
     pool_refusals: int
     pool_hit_rate: float | None
+    decode_batches: dict[int, int]
     sessions: tuple[SessionStats, ...]
 
 

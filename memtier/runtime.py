@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import torch
 
+from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError
 from memtier.folder import Backends, SessionFolder
@@ -94,6 +95,7 @@ class Runtime:
             model = self._weights.config
             self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
             self._pool = await self._model_thread.run(self._make_pool)
+            self._batcher = DecodeBatcher(self._weights, self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()
             await self._tasks.__aenter__()
         except BaseException:
@@ -211,6 +213,7 @@ class Runtime:
             pool_misses=0 if pool is None else pool.misses,
             pool_refusals=0 if pool is None else pool.refusals,
             pool_hit_rate=None if pool is None else pool.hit_rate,
+            decode_batches=dict(sorted(self._batcher.sizes.items())),
             sessions=tuple(session.stats() for session in self._sessions.values()),
         )
 
@@ -261,7 +264,7 @@ class Runtime:
         )  # fmt: skip
         reader = Reader(self._weights, settings, storage, self._pool)
         timeline = Timeline(
-            session_id, history, reader, updater, self._model_thread, io, opened.snapshots,
+            session_id, history, reader, updater, self._model_thread, self._batcher, io, opened.snapshots,
             config.snapshot_every_tokens,
         )  # fmt: skip
         done = await self._tasks.start(updater.run)

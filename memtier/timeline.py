@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from memtier.batching import Choose, DecodeBatcher
 from memtier.blocks import RetrievalMode
 from memtier.errors import IncompatibleMemoryError, MemtierError, ModelError, StorageError
 from memtier.history import History
@@ -40,20 +40,22 @@ class Timeline:
         reader: its device side.
         updater: takes what is sealed.
         model: the model thread.
+        batcher: reads sampled tokens there.
         io: reads snapshots.
         snapshots: where they lie.
         snapshot_every_tokens: tokens between two of them.
     """
 
     def __init__(
-        self, name: str, history: History, reader: Reader, updater: Updater, model: WorkerThread, io: WorkerThread,
-        snapshots: SegmentStore, snapshot_every_tokens: int,
+        self, name: str, history: History, reader: Reader, updater: Updater, model: WorkerThread,
+        batcher: DecodeBatcher, io: WorkerThread, snapshots: SegmentStore, snapshot_every_tokens: int,
     ) -> None:  # fmt: skip
         self._name = name
         self.history = history
         self.reader = reader
         self._updater = updater
         self._model = model
+        self.batcher = batcher
         self._io = io
         self._snapshots = snapshots
         self._snapshot_every = snapshot_every_tokens
@@ -163,7 +165,7 @@ class Timeline:
         await self._updater.ready()
         return await shielded(commit_and_step())
 
-    async def sample(self, manner: Manner, choose: Callable[[torch.Tensor], int], *, acknowledge: bool) -> int:
+    async def sample(self, manner: Manner, choose: Choose, *, acknowledge: bool) -> int:
         """Read the token sampled last, and sample the next.
 
         Args:
@@ -178,7 +180,7 @@ class Timeline:
 
         async def step_and_commit() -> int:
             try:
-                token, result = await self._model.run(self._read_and_choose, self._unread, manner, choose)
+                token, result = await self.batcher.sample(self.reader, self._unread, manner, choose)
             except StorageError:
                 await self.acknowledge()
                 raise
@@ -200,13 +202,6 @@ class Timeline:
         """Commit what was sampled: the answer ends here."""
         await self._commit_sampled()
         self._unread = self._answer_turn = None
-
-    def _read_and_choose(
-        self, unread: int | None, manner: Manner, choose: Callable[[torch.Tensor], int]
-    ) -> tuple[int, StepResult]:
-        result = StepResult(()) if unread is None else self.reader.step([unread], manner)
-        assert self.reader.logits is not None, "there is something to continue"
-        return choose(self.reader.logits), result
 
     async def _commit_sampled(self) -> None:
         if self._sampled:

@@ -144,8 +144,8 @@ class BMojoMixer(nn.Module):
             far = Band(keys, values, start, plan.lo_token.clamp(min=settings.sink_tokens))
 
         window = Band(
-            keys, values, plan.lo_token - plan.start + prefix,
-            torch.arange(tokens, device=h.device) + (prefix + 1),
+            keys, values, plan.lo_token - plan.origin + prefix,
+            (torch.arange(tokens, device=h.device) + (prefix + 1)).expand(plan.lo_token.shape),
         )  # fmt: skip
         sources = Sources(window, fading, sinks, eidetic, far, positions, span_ids)
         near_q, far_q, sources = rotate_sources(
@@ -161,8 +161,9 @@ class BMojoMixer(nn.Module):
         if carried is None:
             return out, None, losses
         zero = result.lse.new_zeros(())
-        share = [(result.parts[s] - result.lse).exp().mean() if s in result.parts else zero for s in SOURCES]
-        changes["mass"] = torch.stack(share)
+        none = zero.expand(batch)
+        share = [(result.parts[s] - result.lse).exp().mean((1, 2)) if s in result.parts else none for s in SOURCES]
+        changes["mass"] = torch.stack(share, dim=1)
         if isinstance(sources.span, Paged):
             changes["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], sources.span)
         elif "span_ids" in changes:
@@ -207,7 +208,7 @@ class BMojoMixer(nn.Module):
                 "last_fading": f[:, -1].clone(),
             }  # fmt: skip
         start = (plan.lo_token - plan.settings.window_tokens).clamp(min=0)
-        return Band(keys, values, start - plan.start + prefix, plan.lo_token - plan.start + prefix), changes
+        return Band(keys, values, start - plan.origin + prefix, plan.lo_token - plan.origin + prefix), changes
 
     def _sinks(
         self, k: torch.Tensor, v: torch.Tensor, plan: StepPlan, carried: AttentionState | None
@@ -227,5 +228,5 @@ class BMojoMixer(nn.Module):
                 values[:, plan.start : plan.start + fresh] = v[:, :fresh]
             changes = {"sink_keys": keys, "sink_values": values}
         place = torch.arange(keys.shape[1], device=k.device)
-        table = torch.where(place < plan.lo_row[:, None], place, -1)
+        table = torch.where(place < plan.lo_row[..., None], place, -1)
         return Paged(keys.unsqueeze(2), values.unsqueeze(2), table.expand(k.shape[0], -1, -1)), changes

@@ -6,14 +6,14 @@ was cut into calls. A group is the run of tokens served by one boundary; group g
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from memtier.blocks import MemorySettings
 
-__all__ = ["StepPlan", "make_plan", "window_start"]
+__all__ = ["StepPlan", "make_decode_plan", "make_plan", "window_start"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,13 @@ class StepPlan:
         visible: blocks sealed at each boundary.
         sealed_from, sealed_to: numbers of the blocks that leave the window in this step.
         group: (T,) int64: the group of each token.
-        lo_token: (T,) int64: the window's start for each token.
-        boundary_row, lo_row, visible_row: (R,) int64: `boundaries`, `lo` and `visible`.
+        origin: `start`, as a number or, where each row of the batch stands at its own place, (B, 1) int64.
+        lo_token: (T,) or (B, T) int64: the window's start for each token.
+        boundary_row, visible_row: (R,) int64: `boundaries` and `visible`.
+        lo_row: (R,) or (B, R) int64: `lo`.
+
+    Where rows stand at places of their own, the numbers on the host are those of the row that stands first; none of
+    them matters, since such a step has no boundary and seals nothing.
     """
 
     settings: MemorySettings
@@ -41,6 +46,7 @@ class StepPlan:
     sealed_from: int
     sealed_to: int
     group: torch.Tensor
+    origin: int | torch.Tensor
     lo_token: torch.Tensor
     boundary_row: torch.Tensor
     lo_row: torch.Tensor
@@ -87,5 +93,28 @@ def make_plan(
     sealed_to = lo[-1] // block if settings.widened else sealed_from
     return StepPlan(
         settings, start, tokens, tuple(boundaries), carried, tuple(lo), tuple(visible), sealed_from, sealed_to,
-        group, lo_token, rows[0], rows[1], rows[2],
+        group, start, lo_token, rows[0], rows[1], rows[2],
+    )  # fmt: skip
+
+
+def make_decode_plan(settings: MemorySettings, places: Sequence[tuple[int, int]], device: torch.device) -> StepPlan:
+    """Plan a step of one token for each of several sequences, none of which has a boundary at it.
+
+    Args:
+        places: position and last boundary of each sequence.
+    """
+    lo = [window_start(settings, boundary) for _, boundary in places]
+    if settings.widened:
+        lo_token = lo
+    else:
+        lo = [max(0, boundary - settings.window_tokens + 1) for _, boundary in places]
+        lo_token = [max(0, start - settings.window_tokens + 1) for start, _ in places]
+    start, boundary = min(places)
+    first = window_start(settings, boundary)
+    visible = first // settings.span_block_tokens if settings.widened else 0
+    rows = torch.tensor([[start for start, _ in places], lo_token, lo], dtype=torch.int64).to(device)[..., None]
+    numbers = torch.tensor([[0], [boundary], [visible]], dtype=torch.int64).to(device)
+    return StepPlan(
+        settings, start, 1, (boundary,), True, (first,), (visible,), visible, visible,
+        numbers[0], rows[0], rows[1], numbers[1], rows[2], numbers[2],
     )  # fmt: skip

@@ -73,7 +73,8 @@ def rotate_sources(
         return near, q, sources
     sinks, eidetic, span = sources.sinks, sources.eidetic, sources.span
     if settings.far_positions == "true" or isinstance(span, Band):
-        shift = base - plan.start
+        shift = base - plan.origin
+        shift = shift if isinstance(shift, int) else shift[..., None]
         if isinstance(span, Band):
             span = turn_band(span)
         elif span is not None and sources.span_ids is not None:
@@ -91,12 +92,12 @@ def rotate_sources(
         cos, sin = rotary_table(place, size, theta, q.dtype)
         return replace(source, cos=cos, sin=sin)
 
-    far = turn(q, now - base + plan.start - plan.lo_token + settings.window_tokens + sum(far_sizes))
+    far = turn(q, now - base + plan.origin - plan.lo_token + settings.window_tokens + sum(far_sizes))
     sinks, eidetic = by_place(sinks, 0), by_place(eidetic, far_sizes[0])
     return near, far, replace(sources, sinks=sinks, eidetic=eidetic, span=by_place(span, sum(far_sizes[:2])))
 
 
-def _turn_span(span: Paged, ids: torch.Tensor, shift: int, turn, dtype: torch.dtype) -> Paged:
+def _turn_span(span: Paged, ids: torch.Tensor, shift: int | torch.Tensor, turn, dtype: torch.dtype) -> Paged:
     """The span with one pool entry a table entry, each rotated to the distance of its own tokens."""
     batch, rows, blocks = span.table.shape
     block = span.k.shape[2]

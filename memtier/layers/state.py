@@ -38,7 +38,7 @@ class AttentionState:
     span_ids: torch.Tensor  # (B, K) int64, -1 for none
     span_scores: torch.Tensor  # (B, K) float32
     span_mass: torch.Tensor  # (B, K): share of the newest token's softmax that went to each block
-    mass: torch.Tensor  # (5,): shares of sinks, span, eidetic, fading, window in the last step
+    mass: torch.Tensor  # (B, 5): shares of sinks, span, eidetic, fading, window in the last step
 
 
 def roll(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -78,5 +78,5 @@ def empty_attention_state(
         span_keys=kv(blocks, settings.span_block_tokens), span_values=kv(blocks, settings.span_block_tokens),
         span_ids=zeros(blocks, kind=torch.int64) - 1, span_scores=zeros(blocks, kind=torch.float32) - float("inf"),
         span_mass=zeros(blocks, kind=full),
-        mass=torch.zeros(5, dtype=full, device=device),
+        mass=zeros(5, kind=full),
     )  # fmt: skip

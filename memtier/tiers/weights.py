@@ -10,7 +10,7 @@ import base64
 import copy
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from importlib.resources import files
@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from memtier.cache import TieredCache
+from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 from memtier.reports import WeightsReport
@@ -112,14 +113,27 @@ class WeightsTier:
             ModelError: keys, values or logits that are not finite, or no memory left on the device.
         """
         try:
-            out = self.model(input_ids=ids.to(self.device)[None], past_key_values=cache, logits_to_keep=keep)
+            return self._logits(ids[None], cache, keep)[0]
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{self.device} has no memory left for a step of {ids.numel()} tokens: {error}. "
                 f"The step was taken back; close other sessions or programs on the device and try again."
             ) from error
-        logits = out.logits[0]
-        return logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+    def decode(self, tokens: Sequence[int], cache: DecodeCache) -> torch.Tensor:
+        """One forward pass of one token for each of several sessions; the caches move on when `cache` is committed.
+
+        Args:
+            tokens: an id a row.
+            cache: of the sessions.
+
+        Returns:
+            logits (rows, vocabulary) on the CPU, in float32 (float64 for a float64 model).
+
+        Raises:
+            ModelError: logits of some row that are not finite.
+        """
+        return self._logits(torch.tensor(tokens)[:, None], cache, 1)[:, 0]
 
     def check(self, stored: Mapping[str, Any], where: str) -> None:
         """Refuse a store that another model wrote.
@@ -144,6 +158,10 @@ class WeightsTier:
             )
         if stored["dtype"] != self.fingerprint["dtype"]:
             log.warning("%s was written in %s and is read in %s", where, stored["dtype"], self.fingerprint["dtype"])
+
+    def _logits(self, ids: torch.Tensor, cache: TieredCache | DecodeCache, keep: int) -> torch.Tensor:
+        logits = self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=keep).logits
+        return logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def report(self) -> WeightsReport:
         """What `inspect` shows of this tier."""

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memtier.cache import TieredCache
+from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
 from memtier.layers.bmojo import BMojoMixer, MixerLosses, MixerState
 from memtier.layers.mamba2 import Mamba2, Mamba2State
@@ -23,6 +24,8 @@ from memtier.layers.plan import StepPlan, make_plan
 from memtier.models.bmojo.configuration_bmojo import BMojoConfig
 
 __all__ = ["BMojoForCausalLM", "BMojoModel", "BMojoOutput", "BMojoPreTrainedModel"]
+
+StepCache = TieredCache | DecodeCache
 
 
 @dataclass
@@ -61,7 +64,7 @@ class BMojoBlock(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
 
     def forward(
-        self, x: torch.Tensor, plan: StepPlan, state: MixerState | Mamba2State | None, cache: TieredCache | None,
+        self, x: torch.Tensor, plan: StepPlan, state: MixerState | Mamba2State | None, cache: StepCache | None,
         dense: bool,
     ) -> tuple[torch.Tensor, MixerState | Mamba2State | None, MixerLosses]:  # fmt: skip
         h = self.norm(x)
@@ -123,19 +126,20 @@ class BMojoModel(BMojoPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, x: torch.Tensor, cache: TieredCache | None, marks: Collection[int], dense: bool
+        self, x: torch.Tensor, cache: StepCache | None, marks: Collection[int], dense: bool
     ) -> tuple[torch.Tensor, list[MixerLosses]]:
         """Read embedded tokens (B, T, E); with a cache, from its position on, and the cache is moved on.
 
         Nothing of the cache changes before every layer has run.
         """
-        start = 0 if cache is None else cache.position
-        settings = self.config.memory_settings() if cache is None else cache.settings
-        marks = set(marks) if cache is None else cache.marks | set(marks)
-        plan = make_plan(settings, start, x.shape[1], marks, -1 if cache is None else cache.boundary, x.device)
+        if cache is None:
+            plan = make_plan(self.config.memory_settings(), 0, x.shape[1], marks, -1, x.device)
+        else:
+            plan = cache.plan(x.shape[1], marks, x.device)
+        carried = [None] * len(self.layers) if cache is None else cache.states
         states, losses = [], []
-        for i, layer in enumerate(self.layers):
-            x, state, loss = layer(x, plan, None if cache is None else cache.states[i], cache, dense)
+        for layer, before in zip(self.layers, carried, strict=True):
+            x, state, loss = layer(x, plan, before, cache, dense)
             states.append(state)
             losses.append(loss)
         if cache is not None:
@@ -163,7 +167,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: TieredCache | None = None,
+        past_key_values: StepCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,

@@ -25,11 +25,14 @@ def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
 def select_blocks(
     queries: torch.Tensor, landmarks: torch.Tensor, visible: torch.Tensor, k: int, *, impl: Impl = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k blocks of highest inner product a query, among those it may see; ties go to the newer block.
+    """The k blocks of highest score a query, among those it may see; ties go to the newer block.
+
+    With one landmark a block the score is the inner product. With several, ``sum_h max_j q_h . l_j``: each head's best
+    landmark of the block (the late interaction of Khattab and Zaharia 2020, with heads in the place of words).
 
     Args:
-        queries: (B, R, C).
-        landmarks: (B, n, C).
+        queries: (B, R, C), or (B, R, H, D).
+        landmarks: (B, n, C), or (B, n, m, G, D), where G divides H.
         visible: (R,) int64: query i may choose among blocks [0, visible_i).
         k: blocks a query, at least 1.
 

@@ -6,7 +6,9 @@ import torch
 
 from memtier_kernels.dispatch import compact_indices, compute_dtype
 
-__all__ = ["landmarks", "select_blocks"]
+__all__ = ["best_blocks", "landmarks", "late_interaction", "select_blocks"]
+
+_PIECE_BLOCKS = 1024
 
 
 def landmarks(keys: torch.Tensor) -> torch.Tensor:
@@ -18,13 +20,32 @@ def select_blocks(
     queries: torch.Tensor, landmarks: torch.Tensor, visible: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `memtier_kernels.select_blocks`."""
-    batch, rows, _ = queries.shape
-    n = landmarks.shape[1]
+    if queries.dim() == 4:
+        return best_blocks(late_interaction(queries, landmarks), visible, k)
+    return best_blocks(queries @ landmarks.transpose(1, 2), visible, k)
+
+
+def late_interaction(queries: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
+    """``score_b = sum_h max_j q_h . l_{b,j,g(h)}`` for queries (B, R, H, D) and landmarks (B, n, m, G, D): (B, R, n)."""
+    batch, rows, heads, size = queries.shape
+    n, m, kv_heads = landmarks.shape[1:4]
+    q_BGrD = queries.unflatten(2, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+    scores = []
+    # in pieces, since the products with single landmarks are far more than the scores
+    for l_BnmGD in landmarks.split(_PIECE_BLOCKS, dim=1) if n else (landmarks,):
+        products = q_BGrD @ l_BnmGD.flatten(1, 2).permute(0, 2, 3, 1)
+        best = products.unflatten(-1, (l_BnmGD.shape[1], m)).amax(-1)
+        scores.append(best.unflatten(2, (rows, heads // kv_heads)).sum((1, 3)))
+    return torch.cat(scores, dim=-1)
+
+
+def best_blocks(scores: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of scores (B, R, n) a row, as `memtier_kernels.select_blocks` returns them."""
+    batch, rows, n = scores.shape
     if n == 0:
-        none = torch.full((batch, rows, k), -1, dtype=torch.int64, device=queries.device)
-        return none, torch.full((batch, rows, k), float("-inf"), dtype=queries.dtype, device=queries.device)
-    scores = queries @ landmarks.transpose(1, 2)
-    seen = torch.arange(n, device=queries.device) < visible.to(queries.device)[:, None]
+        none = torch.full((batch, rows, k), -1, dtype=torch.int64, device=scores.device)
+        return none, torch.full((batch, rows, k), float("-inf"), dtype=scores.dtype, device=scores.device)
+    seen = torch.arange(n, device=scores.device) < visible.to(scores.device)[:, None]
     scores = scores.masked_fill(~seen, float("-inf"))
     threshold = scores.topk(min(k, n), dim=-1).values[..., -1:]
     above = scores > threshold

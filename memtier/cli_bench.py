@@ -19,6 +19,7 @@ from memtier.cli_options import (
     Threads,
     kept_or_temporary,
 )
+from memtier.errors import ConfigError
 
 __all__ = ["bench"]
 
@@ -52,6 +53,34 @@ def bench_stream(
     with kept_or_temporary(store) as folder, progress() as on_progress:
         report = run_stream(folder, options, on_progress)
     emit_json(report) if as_json else show_values("bench stream", report)
+
+
+@bench.command("decode")
+def bench_decode(
+    sessions: Annotated[str, typer.Option(help="How many sessions answer at once, one measurement each.")] = "1,2,4,8",
+    tokens: Annotated[int, typer.Option(help="Tokens that a session samples in a round.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds; every number is their median.")] = 5,
+    context_bytes: Annotated[int, typer.Option(help="Text that a session has read before.")] = 4096,
+    file: Annotated[Path | None, typer.Option(help="Text to read (default: CPython's own manual).")] = None,
+    store: OptionalStore = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Tokens a second that sessions sample: retrieval on and off, one session and several at once."""
+    from memtier.bench.decode import DecodeOptions, run_decode
+    from memtier.console import emit_json, progress, show_values
+
+    try:
+        counts = tuple(int(count) for count in sessions.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--sessions is {sessions!r}; give counts such as 1,2,4,8.") from error
+    command = shlex.join(["memtier", *sys.argv[1:]])
+    options = DecodeOptions(counts, tokens, rounds, context_bytes, file, model, device, threads, command)
+    with kept_or_temporary(store) as folder, progress() as on_progress:
+        report = run_decode(folder, options, on_progress)
+    emit_json(report) if as_json else show_values("bench decode", report)
 
 
 @bench.command("kernels")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from memtier_kernels.dispatch import Impl, choose
-from memtier_kernels.span_attention import reference
+from memtier_kernels.span_attention import custom_op, reference
 from memtier_kernels.span_attention.sources import Band, Paged, merge
 
 __all__ = ["Band", "Paged", "SpanAttentionOutput", "merge", "span_attention"]
@@ -52,7 +52,9 @@ def span_attention(
     A row that sees no key at all has out = 0 and lse = -inf. An absent source (None) equals an empty one.
     """
     sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
-    run = choose("span_attention", impl, q, reference=reference.span_attention)
+    run = choose(
+        "span_attention", impl, q, reference=reference.span_attention, triton=custom_op.span_attention, limit=None
+    )
     out, lse, parts = run(
         q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale
     )

@@ -101,10 +101,127 @@ def _reference(
     q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None, tensors: Sequence[torch.Tensor],
     form: str, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _read(q, q_far, group, tensors, form, scale)
+
+
+def _read(
+    q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None, tensors: Sequence[torch.Tensor],
+    form: str, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The reference, its parts stacked."""
+    sources: Sources = {**_unpack(tensors, form)}
+    out, lse, parts = reference.span_attention(q, q if q_far is None else q_far, sources, group, scale)
+    stacked = torch.stack(list(parts.values())) if parts else lse.new_empty(0, *lse.shape)
+    # with one source, its part is the whole row
+    return out.contiguous(), lse.clone(memory_format=torch.contiguous_format), stacked
+
+
+@_kernels.register_fake
+def _(q, q_far, group, tensors, form, scale):  # pyright: ignore[reportUnusedFunction]
+    return _like_results(q, form, torch.float32)
+
+
+@_reference.register_fake
+def _(q, q_far, group, tensors, form, scale):  # pyright: ignore[reportUnusedFunction]
+    return _like_results(q, form, compute_dtype(q.dtype))
+
+
+def _like_results(
+    q: torch.Tensor, form: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows = q.shape[:3]
+    return q.new_empty(q.shape), q.new_empty(rows, dtype=dtype), q.new_empty((len(form.split()), *rows), dtype=dtype)
+
+
+@torch.library.custom_op("memtier::span_attention_backward", mutates_args=())
+def _kernels_backward(
+    d_out: torch.Tensor | None, d_lse: torch.Tensor | None, d_parts: torch.Tensor | None, out: torch.Tensor,
+    lse: torch.Tensor, parts: torch.Tensor, q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """dq, dq_far if there is one, then k's and v's of each source that is wanted."""
+    from memtier_kernels.span_attention import triton
+
     sources = _unpack(tensors, form)
-    out, lse, parts = reference.span_attention(q, q if q_far is None else q_far, {**sources}, group, scale)
-    return out.contiguous(), lse.contiguous(), _stacked(parts, lse)
+    grads = torch.zeros_like(out) if d_out is None else d_out, d_lse, d_parts
+    dq, dq_far, others = triton.backward(
+        grads, (out, lse, parts), q, q_far, group, sources, scale, dict(zip(sources, wanted, strict=True))
+    )
+    return [dq, *([] if dq_far is None else [dq_far]), *(x for pair in others.values() for x in pair)]
 
 
-def _stacked(parts: dict[str, torch.Tensor], lse: torch.Tensor) -> torch.Tensor:
-    return torch.stack(list(parts.values())) if parts else lse.new_empty(0, *lse.shape)
+@torch.library.custom_op("memtier::span_attention_reference_backward", mutates_args=())
+def _reference_backward(
+    d_out: torch.Tensor | None, d_lse: torch.Tensor | None, d_parts: torch.Tensor | None, out: torch.Tensor,
+    lse: torch.Tensor, parts: torch.Tensor, q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """The same, by reading once more with gradients."""
+    places = _keys_and_values(form, wanted)
+    near, far = q.detach().requires_grad_(), None if q_far is None else q_far.detach().requires_grad_()
+    # one tensor may serve several sources: a leaf for each
+    read = list(tensors)
+    for place in places:
+        read[place] = tensors[place].detach().requires_grad_()
+    with torch.enable_grad():
+        results = _read(near, far, group, read, form, scale)
+    flows = [
+        (y, dy) for y, dy in zip(results, (d_out, d_lse, d_parts), strict=True) if dy is not None and y.requires_grad
+    ]
+    leaves = [near, *([] if far is None else [far]), *(read[place] for place in places)]
+    if not flows:
+        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
+    grads = torch.autograd.grad(
+        [y for y, _ in flows], leaves, [dy for _, dy in flows], allow_unused=True, materialize_grads=True
+    )
+    # a result may share its memory neither with an input nor with another result
+    return [x.clone(memory_format=torch.contiguous_format) for x in grads]
+
+
+@_kernels_backward.register_fake
+@_reference_backward.register_fake
+def _(d_out, d_lse, d_parts, out, lse, parts, q, q_far, group, tensors, form, scale, wanted):  # pyright: ignore[reportUnusedFunction]
+    like = [q, *([] if q_far is None else [q_far]), *(tensors[place] for place in _keys_and_values(form, wanted))]
+    return [x.new_empty(x.shape) for x in like]
+
+
+def _keys_and_values(form: str, wanted: Sequence[bool]) -> list[int]:
+    """Where k and v of the wanted sources stand among the tensors."""
+    places, place = [], 0
+    for item, want in zip(form.split(), wanted, strict=True):
+        if want:
+            places += [place, place + 1]
+        place += 4 if item.endswith(":band") else 3 + item.count("+mask") + 2 * item.count("+turn")
+    return places
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    q, q_far, group, tensors, form, scale = inputs
+    ctx.save_for_backward(*output, q, q_far, group, *tensors)
+    ctx.form, ctx.scale = form, scale
+    # an output that nobody reads costs nothing
+    ctx.set_materialize_grads(False)
+
+
+def _backward(run: Any) -> Any:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        out, lse, parts, q, q_far, group, *tensors = ctx.saved_tensors
+        if all(grad is None for grad in grads):
+            return None, None, None, [None] * len(tensors), None, None
+        needs = ctx.needs_input_grad[3]
+        every = _keys_and_values(ctx.form, [True] * len(ctx.form.split()))
+        wanted = [needs[k] or needs[v] for k, v in zip(every[::2], every[1::2], strict=True)]
+        found = run(*grads, out, lse, parts, q, q_far, group, tensors, ctx.form, ctx.scale, wanted)
+        dq, dq_far, rest = found[0], None, found[1:]
+        if q_far is not None:
+            dq_far, rest = found[1], found[2:]
+        by_tensor: list[torch.Tensor | None] = [None] * len(tensors)
+        for place, grad in zip(_keys_and_values(ctx.form, wanted), rest, strict=True):
+            by_tensor[place] = grad
+        return dq, dq_far, None, by_tensor, None, None
+
+    return backward
+
+
+_kernels.register_autograd(_backward(_kernels_backward), setup_context=_keep)
+_reference.register_autograd(_backward(_reference_backward), setup_context=_keep)

@@ -11,9 +11,11 @@ from memtier_kernels.launch import launch
 from memtier_kernels.span_attention.custom_op import SOURCES
 from memtier_kernels.span_attention.sources import Band, Paged
 from memtier_kernels.span_attention.triton_forward import decode, merge_splits, prefill
+from memtier_kernels.span_attention.triton_keys import CELL, band_gradients, paged_gradients
+from memtier_kernels.span_attention.triton_queries import query_gradients, row_shifts
 from memtier_kernels.span_attention.triton_tiles import LOG2E, Rows, Source
 
-__all__ = ["forward"]
+__all__ = ["backward", "forward"]
 
 # few enough query rows of one key/value head for one tile, few enough tokens that one program a head leaves a GPU idle
 DECODE_ROWS, DECODE_TOKENS = 64, 16
@@ -63,6 +65,118 @@ def forward(
         SHARES_PAD=triton.next_power_of_2(shares), num_warps=1 if size <= 64 else 2,
     )  # fmt: skip
     return out, lse, parts
+
+
+def backward(
+    grads: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None, sources: dict[str, Band | Paged],
+    scale: float, wanted: dict[str, bool],
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, tuple[torch.Tensor, torch.Tensor]]]:  # fmt: skip
+    """Gradients of q, of q_far, and of k and v of the sources that are `wanted`."""
+    d_out, d_lse, d_parts = grads
+    out, lse, parts = outputs
+    batch, tokens, heads, size = q.shape
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq_far = None if q_far is None else torch.empty_like(dq)
+    if not sources or not q.numel():
+        nothing = {n: (torch.zeros_like(s.k), torch.zeros_like(s.v)) for n, s in sources.items() if wanted[n]}
+        return dq.zero_(), None if dq_far is None else dq_far.zero_(), nothing
+    if all(name in ("fading", "window") for name in sources) and dq_far is not None:
+        dq_far.zero_()
+    kv_heads = next(iter(sources.values())).k.shape[-2]
+    repeat = heads // kv_heads
+    rows = tokens * repeat
+    given = rows_of(d_out)
+    planes = 1 if d_parts is None else len(sources)
+    delta = torch.empty((planes, *lse.shape), dtype=torch.float32, device=q.device)
+    launch(
+        row_shifts, (triton.cdiv(lse.numel(), 16),),
+        delta, out, given, lse, None if d_lse is None else d_lse.contiguous(), parts,
+        None if d_parts is None else d_parts.contiguous(), tokens, heads, lse.numel(),
+        PLANES=planes, D=size, D_PAD=max(16, triton.next_power_of_2(size)), BLOCK=16,
+    )  # fmt: skip
+    shared = arguments(q, q_far, group, sources, kv_heads)
+    constants = {**layout(sources, size), "J": repeat}
+    plane = 0 if d_parts is None else lse.numel()
+    launch(
+        query_gradients, lambda chosen: (triton.cdiv(rows, chosen["BLOCK_M"]), batch * kv_heads),
+        dq, dq_far, given, lse, delta, *shared, plane, tokens, kv_heads, scale * LOG2E.value, *classes(rows, sources),
+        JOINT=q_far is None, **constants,
+    )  # fmt: skip
+    done = {}
+    for i, (name, source) in enumerate(sources.items()):
+        if wanted[name]:
+            queries = shared[0] if name in ("fading", "window") else shared[1]
+            described = shared[3 + SOURCES.index(name)]
+            assert isinstance(described, Source)
+            shift = delta[i if planes > 1 else 0]
+            if isinstance(source, Band):
+                done[name] = band_backward(source, described, queries, given, lse, shift, scale)
+            else:
+                done[name] = paged_backward(source, described, queries, given, lse, shift, group, scale)
+    return dq, dq_far, done
+
+
+def band_backward(
+    band: Band, source: Source, queries: object, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of k and v of a band."""
+    batch, tokens, heads = lse.shape
+    keys, kv_heads, size = band.k.shape[1:]
+    dk = torch.empty((batch, keys, kv_heads, size), dtype=band.k.dtype, device=lse.device)
+    dv = torch.empty(dk.shape, dtype=band.v.dtype, device=lse.device)
+    if not keys:
+        return dk, dv
+    cells = torch.arange(0, keys, CELL, device=lse.device)
+    first = torch.searchsorted(source.second, cells.expand(len(source.second), -1).contiguous(), right=True)
+    stop = torch.searchsorted(source.first, (cells + (CELL - 1)).expand(len(source.first), -1).contiguous(), right=True)
+    launch(
+        band_gradients, lambda chosen: (triton.cdiv(keys, chosen["BLOCK_N"]), batch * kv_heads),
+        dk, dv, source, queries, d_out, lse, delta, first, stop, *(0 if len(x) == 1 else len(cells) for x in (first, stop)),
+        tokens, kv_heads, scale * LOG2E.value, min(16, keys.bit_length()),
+        D=size, D_PAD=max(16, triton.next_power_of_2(size)), J=heads // kv_heads, CELL=CELL,
+    )  # fmt: skip
+    return dk, dv
+
+
+def paged_backward(
+    paged: Paged, source: Source, queries: object, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor,
+    group: torch.Tensor | None, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of k and v of a pool, through the table turned round."""
+    batch, tokens, heads = lse.shape
+    blocks, block, kv_heads, size = paged.k.shape[1:]
+    table_rows, per_row = paged.table.shape[1:]
+    repeat = heads // kv_heads
+    if not blocks * block * per_row:
+        return torch.zeros_like(paged.k), torch.zeros_like(paged.v)
+    found, order = paged.table.flatten(1).sort(dim=1, stable=True)
+    numbers = torch.arange(blocks + 1, device=lse.device)
+    bounds = torch.searchsorted(found, numbers.expand(batch, -1).contiguous())
+    if source.by_group:
+        assert group is not None
+        group_bounds = torch.searchsorted(group.contiguous(), torch.arange(table_rows + 1, device=lse.device))
+    else:
+        # the first row serves every token, others none
+        group_bounds = torch.full((table_rows + 1,), tokens, device=lse.device)
+        group_bounds[0] = 0
+    tile = max(16, min(64, triton.next_power_of_2(block)))
+    tiles = blocks * triton.cdiv(block, tile)
+    # few blocks that many queries see (sinks) are shared among programs, each with sums of its own
+    parts = min(8 * _processors(lse.device) // (tiles * batch * kv_heads) + 1, triton.cdiv(tokens * repeat, 256))
+    shape = (batch, blocks, block, kv_heads, size)
+    kinds = (paged.k.dtype, paged.v.dtype) if parts == 1 else (torch.float32, torch.float32)
+    dk, dv = (torch.empty((parts, *shape), dtype=kind, device=lse.device) for kind in kinds)
+    launch(
+        paged_gradients, (tiles, batch * kv_heads, parts),
+        dk, dv, source, queries, d_out, lse, delta, order, bounds, group_bounds, blocks, table_rows * per_row, tokens,
+        kv_heads, scale * LOG2E.value, *classes(tokens * repeat, {"": paged}),
+        S=block, BLOCK_N=tile, J=repeat, **_halved(size, source.cos is not None),
+    )  # fmt: skip
+    if parts == 1:
+        return dk[0], dv[0]
+    return dk.sum(0).to(paged.k.dtype), dv.sum(0).to(paged.v.dtype)
 
 
 def split_sources(sources: dict[str, Band | Paged], tokens: int, pairs: int, processors: int) -> tuple[int, ...]:
@@ -136,10 +250,12 @@ def layout(sources: dict[str, Band | Paged], size: int) -> dict[str, int]:
     for name, source in sources.items():
         found[name.upper()] = 0 if isinstance(source, Band) else source.k.shape[2]
         halves = halves or (isinstance(source, Paged) and source.cos is not None and source.sin is not None)
-    return {
-        **found, "D": size, "D_PAD": max(16, triton.next_power_of_2(size)),
-        "H_PAD": max(16, triton.next_power_of_2(size // 2)), "HALVES": halves,
-    }  # fmt: skip
+    return {**found, **_halved(size, halves)}
+
+
+def _halved(size: int, halves: bool) -> dict[str, int]:
+    padded = max(16, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(size // 2))
+    return {"D": size, "D_PAD": padded[0], "H_PAD": padded[1], "HALVES": halves}
 
 
 def classes(rows: int, sources: dict[str, Band | Paged]) -> tuple[int, int]:

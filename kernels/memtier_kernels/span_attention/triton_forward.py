@@ -30,7 +30,7 @@ def softmax_step(
     q, q_high = queries[0], queries[1]
     s = scores(q, q_high, k.to(q.dtype), k_high.to(q.dtype), HALVES)
     if MASKED:
-        s = hide(s, float("-inf"), place_N, from_M, to_M)
+        s = hide(s, float("-inf"), place_N[None, :], from_M[:, None], to_M[:, None])
     new_top = tl.maximum(top, tl.max(s, 1) * scale)
     if MASKED:
         # a row that has seen nothing yet has no maximum to subtract
@@ -73,7 +73,8 @@ def attend(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     if SINKS >= 0 or SPAN >= 0 or EIDETIC >= 0:
-        far = load_queries(q_far, tile, tokens, b, g, J, D, D_PAD, H_PAD, HALVES, BLOCK_M)
+        token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
+        far = load_queries(q_far, b, token_M, g * J + place_M, exists_M, D, D_PAD, H_PAD, HALVES)
     if SINKS >= 0:
         acc, top, total = take_in(
             acc, top, total, parts, far, tile, tokens, group, sinks, b, g, kv_heads, scale, share, splits[0],
@@ -96,7 +97,8 @@ def attend(
         parts += plane
         share -= splits[2]
     if FADING >= 0 or WINDOW >= 0:
-        near = load_queries(q, tile, tokens, b, g, J, D, D_PAD, H_PAD, False, BLOCK_M)
+        token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
+        near = load_queries(q, b, token_M, g * J + place_M, exists_M, D, D_PAD, H_PAD, False)
     if FADING >= 0:
         acc, top, total = take_in(
             acc, top, total, parts, near, tile, tokens, group, fading, b, g, kv_heads, scale, share, splits[3],

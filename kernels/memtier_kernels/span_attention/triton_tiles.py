@@ -147,10 +147,10 @@ def scores(q, q_high, k, k_high, HALVES: tl.constexpr):
 
 
 @triton.jit
-def hide(s, other, place_N, from_M, to_M):
-    """`other` where a row does not see a key: it sees places in [from_m, to_m)."""
-    # compared only once the scores are there, since a tile of bits costs as many registers as they do
-    return tl.where((place_N[None, :] >= from_M[:, None]) & (place_N[None, :] < to_M[:, None]), s, other)
+def hide(s, other, place, begin, end):
+    """`other` where a key's place is not in the interval [begin, end) that a query sees; all broadcast to `s`."""
+    # asked only once the scores are there, since a tile of bits costs as many registers as they do
+    return tl.where((place >= begin) & (place < end), s, other)
 
 
 @triton.jit
@@ -169,13 +169,21 @@ def tile_tokens(tile, tokens, J: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def load_queries(
-    source, tile, tokens, b, g, J: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr,
-    HALVES: tl.constexpr, BLOCK_M: tl.constexpr,
+    source, b, token_M, head_M, exists_M, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a (B, T, H, D) tensor, whole twice or in two halves."""
-    token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
-    offset_M = token_M * source.token + (g * J + place_M) * source.head
+    """Rows of a (B, T, H, D) tensor, whole twice or in two halves."""
+    offset_M = token_M * source.token + head_M * source.head
     return load_keys(source.at + b * source.batch, offset_M, exists_M, D, D_PAD, H_PAD, HALVES, True)
+
+
+@triton.jit
+def load_logs(lse, delta, index_M, exists_M):
+    """Log-sum-exp, in powers of two, and the shift of the gradient of a score; a row that sees nothing has weights of
+    0: its log-sum-exp is infinite here."""
+    log_M = tl.load(lse + index_M, mask=exists_M, other=float("-inf"))
+    delta_M = tl.load(delta + index_M, mask=exists_M, other=0.0)
+    return tl.where(log_M == float("-inf"), float("inf"), log_M * LOG2E), delta_M
 
 
 @triton.jit

@@ -233,6 +233,31 @@ async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store)
         assert (await sessions[2].observe("more")).tokens == 4
 
 
+async def test_a_session_that_rests_holds_up_no_other_and_keeps_no_batch_alive(open_store) -> None:
+    async with open_store("alone") as runtime:
+        alone = await answers_of(runtime, together=False)
+    async with open_store("together") as runtime:
+        sessions = await sessions_of(runtime)
+        answers: list[tuple[int, ...]] = [()] * len(sessions)
+        others_left, done = {0, 1, 2, 4}, anyio.Event()
+
+        async def answer(i: int) -> None:
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
+            async for _ in generation:
+                if i == 3 and len(generation.token_ids) >= 8 and not done.is_set():
+                    await done.wait()
+                    cache = sessions[i].timeline.reader.cache
+                    assert cache is not None
+                    assert cache.held[1] is None, "its states are its own"
+            answers[i] = generation.token_ids
+            others_left.discard(i)
+            if not others_left:
+                done.set()
+
+        await at_once([lambda i=i: answer(i) for i in range(len(sessions))])
+        assert answers == alone
+
+
 async def test_a_choice_that_fails_takes_the_token_before_it_back(open_store, ids) -> None:
     def fail(logits: torch.Tensor) -> int:
         raise RuntimeError("no choice")

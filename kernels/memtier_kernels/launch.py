@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_recording", "launch", "recording"]
+__all__ = ["dense", "is_recording", "launch", "recording"]
 
 _record: Callable[[Any, tuple[Any, ...], dict[str, Any]], None] | None = None
 
@@ -39,6 +39,11 @@ def recording(note: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> I
         yield
     finally:
         _record = before
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last axis is dense, else a copy: kernels take the strides of the other axes."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def is_recording() -> bool:

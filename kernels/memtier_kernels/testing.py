@@ -283,7 +283,8 @@ _SPAN_ATTENTION = {
 
 # sizes met in practice, where tiles are as large as they get: the calls that `compile_report` compiles
 REPORT_SIZES: dict[str, list[dict[str, int]]] = {
-    "causal_conv1d": [{"B": 2, "T": 512, "C": 1024}],
+    # a sequence, and one token
+    "causal_conv1d": [{"B": 2, "T": 512, "C": 1024}, {"B": 8, "T": 1, "C": 1024}],
     "innovation": [{"B": 2, "T": 512, "E": 2048}],
     "keep_surprising": [{"B": 2, "n": 512, "m": 64}],
     "landmarks": [{"B": 1, "n": 16, "S": 64, "G": 8, "D": 128}],

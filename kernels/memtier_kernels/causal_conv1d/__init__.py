@@ -6,10 +6,13 @@ from typing import Literal
 
 import torch
 
-from memtier_kernels.causal_conv1d import reference
+from memtier_kernels.causal_conv1d import custom_op, reference
 from memtier_kernels.dispatch import Impl, choose
 
 __all__ = ["causal_conv1d"]
+
+# the kernels keep one vector a tap in registers
+_WIDEST = 8
 
 
 def causal_conv1d(
@@ -33,4 +36,8 @@ def causal_conv1d(
     Returns:
         y (B, T, C) and the new tail (B, width - 1, C), which owns its memory.
     """
-    return choose("causal_conv1d", impl, x, reference=reference.causal_conv1d)(x, weight, bias, tail, activation)
+    limit = f"width {weight.shape[1]} is over {_WIDEST}" if weight.shape[1] > _WIDEST else None
+    run = choose(
+        "causal_conv1d", impl, x, reference=reference.causal_conv1d, triton=custom_op.causal_conv1d, limit=limit
+    )
+    return run(x, weight, bias, tail, activation)

@@ -43,6 +43,7 @@ class MemorySettings:
     memory_layers: tuple[int, ...]
     far_positions: FarPositions
     storage_dtype: Literal["float16", "bfloat16", "float32", "float64"]
+    landmark_keys: int = 0
 
     @property
     def widened(self) -> bool:
@@ -63,7 +64,7 @@ class MemoryBlock:
         index: block number b; the block holds the tokens [start, end) = [b * S, (b + 1) * S).
         keys: one (S, G, D) a memory layer, storage dtype, CPU, before rotary embedding.
         values: one (S, G, D) a memory layer, storage dtype, CPU.
-        landmarks: one (C,) a memory layer, float32, CPU.
+        landmarks: one (C,) or (m, G, D) a memory layer, float32, CPU.
         innovation: (S,) float32, CPU: mean over the layers that measure it; NaN where none does.
     """
 
@@ -124,7 +125,7 @@ class SpanSelector(Protocol):
             first_block: number of the first block; the others follow in order.
             keys: (B, n, S, G, D) in the storage dtype, before rotary embedding; owned by the callee.
             values: (B, n, S, G, D) in the storage dtype; owned by the callee.
-            landmarks: (B, n, C) float32.
+            landmarks: (B, n, C), or (B, n, m, G, D) where a block has m landmarks; float32.
         """
         ...
 
@@ -134,7 +135,7 @@ class SpanSelector(Protocol):
         """Choose blocks for several boundaries.
 
         Args:
-            queries: (B, R, C) float32, one a boundary.
+            queries: (B, R, C), or (B, R, H, D) where a block has several landmarks; float32, one a boundary.
             boundaries: (R,) int64 on the CPU: absolute positions.
             visible: (R,) int64 on the CPU: blocks [0, visible) are candidates.
             k: blocks a boundary.

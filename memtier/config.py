@@ -27,6 +27,7 @@ FINGERPRINTED = (
     "span_refresh_tokens",
     "memory_layers",
     "far_positions",
+    "landmark_keys",
 )
 
 
@@ -46,6 +47,7 @@ class MemoryConfig(BaseModel):
     span_refresh_tokens: int | None = Field(None, ge=1, description="Retrieval chooses anew every so many tokens.")
     memory_layers: tuple[int, ...] | None = Field(None, description="Layers that keep and retrieve blocks.")
     far_positions: FarPositions | None = Field(None, description="Positions that retrieved keys are given.")
+    landmark_keys: int | None = Field(None, ge=0, description="Keys that a block is found by; 0: their mean.")
 
     span_blocks: int | None = Field(None, ge=0, description="Blocks retrieved at a time. None: the model's.")
     retrieval: RetrievalMode = Field("on", description="'off', 'random' and 'recent' are the controls.")

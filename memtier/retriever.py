@@ -1,6 +1,6 @@
 """What a memory layer retrieves: the SpanSelector over the storage tier, in four modes.
 
-    on       the k blocks of highest inner product between the boundary's query and the block's landmark
+    on       the k blocks whose landmarks answer the boundary's query best (`memtier_kernels.select_blocks`)
     recent   the k newest sealed blocks                     a control: does retrieval beat a longer window?
     random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
     off      none

@@ -256,7 +256,7 @@ class Updater:
         turns = await self._history.turns(manifest.start, manifest.end)
 
         def build() -> list[IndexRow]:
-            store = self._storage.store
+            store, channels = self._storage.store, self._storage.channels
             landmarks = [read_landmarks(store, manifest, layer) for layer in self._storage.layers.values()]
             innovation = read_innovation(store, manifest)
             rows = []
@@ -273,7 +273,8 @@ class Updater:
                         text=text,
                         created_at=created_at,
                         innovation=None if np.isnan(surprise) else surprise,
-                        landmarks=tuple(layer[i] for layer in landmarks),
+                        # the index has one vector a layer: the mean of a landmark's keys
+                        landmarks=tuple(layer[i].reshape(-1, channels).mean(0) for layer in landmarks),
                     )
                 )
             return rows

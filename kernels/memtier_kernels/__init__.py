@@ -6,7 +6,7 @@ also the name of its folder, which holds the reference and the maths (README.md)
 
 from memtier_kernels.causal_conv1d import causal_conv1d
 from memtier_kernels.innovation import innovation, keep_surprising
-from memtier_kernels.landmarks import landmarks, select_blocks
+from memtier_kernels.landmarks import landmarks, late_interaction, select_blocks
 from memtier_kernels.span_attention import Band, Paged, SpanAttentionOutput, merge, span_attention
 from memtier_kernels.ssd import ssd
 
@@ -18,6 +18,7 @@ __all__ = [
     "innovation",
     "keep_surprising",
     "landmarks",
+    "late_interaction",
     "merge",
     "select_blocks",
     "span_attention",

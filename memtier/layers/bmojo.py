@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from memtier.layers.distill import distillation_loss
+from memtier.layers.landmarks import search_queries
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_retrieved, span_step
 from memtier.layers.norms import RMSNorm
@@ -115,8 +116,7 @@ class BMojoMixer(nn.Module):
                 changes.update(fading_changes, innovation=roll(carried.innovation, error.detach()))
 
         positions = None
-        queries = q.unflatten(2, (self.kv_heads, -1)).sum(3).flatten(2)
-        queries = queries if q.dtype == torch.float64 else queries.float()
+        queries = search_queries(q, self.kv_heads, settings.landmark_keys)
         span, span_ids = None, None
         if self.layer in settings.memory_layers and not dense:
             step = span_step(self.layer, plan, carried, memory, keys, values, queries, surprise, prefix)
@@ -124,7 +124,9 @@ class BMojoMixer(nn.Module):
                 span_ids = step.ids
                 span = None if step.empty else step.paged(settings)
                 if carried is not None:
-                    changes.update(step.carried(h.dtype), query_tail=roll(carried.query_tail, queries))
+                    changes.update(step.carried(h.dtype))
+                    if not settings.landmark_keys:
+                        changes["query_tail"] = roll(carried.query_tail, queries)
         eidetic = None
         if settings.eidetic_tokens and surprise is not None and not (dense and self.layer in settings.memory_layers):
             chosen = eidetic_step(plan, carried, keys, values, surprise, prefix)
@@ -157,7 +159,9 @@ class BMojoMixer(nn.Module):
         )  # fmt: skip
         out = self.o_proj(result.out.to(h.dtype).flatten(2))
         if isinstance(sources.span, Band):
-            losses = replace(losses, span=distillation_loss(far_q, sources.span, result.lse, queries, k, plan))
+            losses = replace(
+                losses, span=distillation_loss(far_q, sources.span, result.lse, queries, k, surprise, plan)
+            )
         if carried is None:
             return out, None, losses
         zero = result.lse.new_zeros(())

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from memtier.blocks import MemorySettings
-from memtier.layers.memories import boundary_queries
+from memtier.layers.landmarks import block_landmarks, boundary_queries
 from memtier.layers.plan import StepPlan
-from memtier_kernels import Band, landmarks
+from memtier_kernels import Band, late_interaction
 
 __all__ = ["distillation_loss"]
 
@@ -24,14 +24,15 @@ TARGET_STRIDE = 4
 
 
 def distillation_loss(
-    q_far: torch.Tensor, far: Band, lse: torch.Tensor, queries: torch.Tensor, raw_keys: torch.Tensor, plan: StepPlan
-) -> torch.Tensor:
+    q_far: torch.Tensor, far: Band, lse: torch.Tensor, queries: torch.Tensor, raw_keys: torch.Tensor,
+    innovation: torch.Tensor | None, plan: StepPlan,
+) -> torch.Tensor:  # fmt: skip
     """The loss of one layer, a scalar.
 
     Args:
         q_far: (B, T, H, D), as they met the far keys; far: the dense far source; lse: (B, T, H) of the whole read-out.
-        queries: (B, T, C), summed per KV head, before rotary.
-        raw_keys: (B, T, G, D), before rotary.
+        queries: of `search_queries`.
+        raw_keys: (B, T, G, D), before rotary; innovation: (B, T), or None.
     """
     settings: MemorySettings = plan.settings
     block, count = settings.span_block_tokens, plan.sealed_to
@@ -48,7 +49,10 @@ def distillation_loss(
         target = by_group.square()
         target = target / target.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = by_group.amax(-1).square()
-    marks = landmarks(raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype))
+    surprise = None if innovation is None else innovation[:, used].unflatten(1, (count, block))
+    marks = block_landmarks(
+        raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype), surprise, settings.landmark_keys
+    )
     log_p = _log_choice(boundary_queries(plan, queries, None).to(marks.dtype), marks, plan)
     kl = F.kl_div(log_p, target.to(log_p.dtype), reduction="none").sum(-1)
     return (weight * kl).sum() / weight.sum().clamp(min=1e-9)
@@ -59,9 +63,15 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
 
     A store holds far more blocks than a training sequence; those of the other sequences stand in for them.
     """
-    batch, count, _ = marks.shape
+    batch, count = marks.shape[:2]
     with torch.autocast(queries.device.type, enabled=False):
-        scores = (queries.flatten(0, 1) @ marks.flatten(0, 1).T).unflatten(0, (batch, -1)).float()
+        if plan.settings.landmark_keys:
+            # at the scale of attention, whose own keys these are
+            scores = late_interaction(queries.flatten(0, 1)[None], marks.flatten(0, 1)[None])[0]
+            scores = scores * queries.shape[-1] ** -0.5
+        else:
+            scores = queries.flatten(0, 1) @ marks.flatten(0, 1).T
+        scores = scores.unflatten(0, (batch, -1)).float()
     seen = torch.arange(count, device=scores.device) < plan.visible_row[:, None]
     own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
     competing = torch.where(own, seen[None, :, None, :], True)

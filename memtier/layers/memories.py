@@ -11,17 +11,17 @@ from typing import Protocol
 
 import torch
 
+from memtier.layers.landmarks import block_landmarks, boundary_queries
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
 from memtier.layers.state import AttentionState
-from memtier_kernels import Paged, keep_surprising, landmarks, select_blocks
+from memtier_kernels import Paged, keep_surprising, select_blocks
 
 __all__ = [
     "EideticStep",
     "LayerMemory",
     "SpanStep",
     "block_mass",
-    "boundary_queries",
     "eidetic_step",
     "hide_retrieved",
     "span_step",
@@ -117,24 +117,6 @@ def hide_retrieved(eidetic: EideticStep, span_ids: torch.Tensor, block: int) -> 
     return eidetic.table.masked_fill(twice, -1)
 
 
-def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
-    """One query a new boundary b: the mean over the tokens b - r + 1 .. b.
-
-    Args:
-        queries: (B, T, C) float32, summed per KV head, before rotary; tail: (B, r - 1, C), those before the step.
-
-    Returns:
-        (B, R_new, C) float32.
-    """
-    stride = plan.settings.span_refresh_tokens
-    if tail is None:
-        tail = queries.new_zeros(queries.shape[0], stride - 1, queries.shape[2])
-    padded = torch.cat([tail, queries], dim=1)
-    last = plan.boundary_row[plan.new] - plan.start
-    index = last[:, None] + torch.arange(stride, device=queries.device)
-    return padded[:, index].mean(dim=2)
-
-
 @dataclass(frozen=True)
 class SpanStep:
     """The blocks that serve each group: pools (B, n, S, G, D), `table` (B, R, K) into them, `ids` (B, R, K) their
@@ -198,19 +180,23 @@ def span_step(
     count = plan.sealed_to - plan.sealed_from
     new_keys = keys[:, sealed].unflatten(1, (count, block)).to(storage)
     new_values = values[:, sealed].unflatten(1, (count, block)).to(storage)
+    labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float()
     fresh = plan.visible[plan.new]
     wanted = k > 0 and any(fresh)
     picks = boundary_queries(plan, queries, None if state is None else state.query_tail) if wanted else None
     if memory is None or state is None:
         if picks is None:
             return None
-        ids, scores = select_blocks(picks.float(), landmarks(new_keys.float()), plan.visible_row[plan.new], k)
+        ids, scores = select_blocks(
+            picks.float(), block_landmarks(new_keys.float(), labels, settings.landmark_keys),
+            plan.visible_row[plan.new], k,
+        )  # fmt: skip
         return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores, empty=False)
 
     if count:
         owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)
-        marks = landmarks(owned[0].to(torch.float32))
-        labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float().cpu()
+        labels = None if labels is None else labels.cpu()
+        marks = block_landmarks(owned[0].to(torch.float32), labels, settings.landmark_keys)
         memory.seal(layer, plan.sealed_from, *owned, marks, labels)
     held = _held(state) if plan.carried else None
     if not fresh:

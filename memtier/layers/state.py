@@ -58,7 +58,8 @@ def empty_attention_state(
     ring, eidetic = settings.ring_tokens, settings.eidetic_tokens if fading else 0
     fading_ring = settings.window_tokens + ring if fading else 0
     blocks = settings.span_blocks if memory else 0
-    stride = settings.span_refresh_tokens if memory else 1
+    # a query of one token needs none of those before it
+    stride = settings.span_refresh_tokens if memory and not settings.landmark_keys else 1
     tail = max(conv_size - 1, 0)
     channels = kv_heads * head_dim
 

@@ -50,7 +50,11 @@ class StorageTier:
         self.dtype: torch.dtype = getattr(torch, settings.storage_dtype)
         self._hot_limit = hot_bytes
         share = None if landmark_bytes is None else landmark_bytes // max(1, len(self.layers))
-        self._landmarks = [LandmarkTable(i, kv_heads * head_dim, share, store) for i in self.layers.values()]
+        # as stored and kept, a landmark is one row: its keys one after another
+        self.channels, keys = kv_heads * head_dim, settings.landmark_keys
+        self._landmark_shape = (self.channels,) if not keys else (keys, kv_heads, head_dim)
+        size = self.channels * max(1, keys)
+        self._landmarks = [LandmarkTable(i, size, share, store) for i in self.layers.values()]
         self._manifests: list[SegmentManifest] = []
         self._first_blocks: list[int] = []
         self._pinned: list[dict[int, torch.Tensor]] = [{} for _ in self.layers]
@@ -109,7 +113,8 @@ class StorageTier:
     def append(
         self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
     ) -> None:
-        """Take blocks that a layer sealed: keys and values (n, S, G, D), landmarks (n, C). Known ones stay.
+        """Take blocks that a layer sealed: keys and values (n, S, G, D), landmarks (n, C) or (n, m, G, D). Known
+        ones stay.
 
         A replay seals blocks again that are here already; their bits are those of the first time.
         """
@@ -121,7 +126,7 @@ class StorageTier:
             return
         fresh = {first_block + i: torch.stack((keys[i], values[i])) for i in range(skip, keys.shape[0])}
         with self._lock:
-            table.append(landmarks[skip:], self.durable_blocks)
+            table.append(landmarks[skip:].flatten(1), self.durable_blocks)
             self._pinned[ordinal].update(fresh)
             self._shrink()
 
@@ -144,8 +149,10 @@ class StorageTier:
                 del self._innovation[block]
 
     def pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Landmarks of blocks [0, upto) of a layer as (first block, (n, C)) pieces; views, not to be kept."""
-        return self._landmarks[self.layers[layer]].pieces(upto, self._manifests)
+        """Landmarks of blocks [0, upto) of a layer as (first block, (n, C) or (n, m, G, D)) pieces; views, not to be
+        kept."""
+        for first, rows in self._landmarks[self.layers[layer]].pieces(upto, self._manifests):
+            yield first, rows.unflatten(1, self._landmark_shape)
 
     def fetch(self, layer: int, ids: Sequence[int], *, counted: bool = True) -> list[torch.Tensor]:
         """K and V (2, S, G, D) of each block, not to be written to. Each id once.

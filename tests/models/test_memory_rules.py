@@ -24,6 +24,8 @@ VARIANTS = {
     "qk-norm": {"qk_norm": True},
     "no-convolution": {"kv_conv_size": 0},
     "bf16-store": {"storage_dtype": "bfloat16"},
+    "landmark-keys": {"landmark_keys": 2, "num_key_value_heads": 2},
+    "landmark-keys-no-innovation": {"landmark_keys": 4, "fading": "none", "eidetic_tokens": 0},
 }
 MARKS = {37, 81, 101}
 TOKENS = 150

@@ -6,8 +6,9 @@ import torch
 
 from memtier_kernels.dispatch import Impl, choose
 from memtier_kernels.landmarks import reference
+from memtier_kernels.landmarks.reference import late_interaction
 
-__all__ = ["landmarks", "select_blocks"]
+__all__ = ["landmarks", "late_interaction", "select_blocks"]
 
 
 def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:

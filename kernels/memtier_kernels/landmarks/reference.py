@@ -26,8 +26,8 @@ def select_blocks(
 
 
 def late_interaction(queries: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
-    """``score_b = sum_h max_j q_h . l_{b,j,g(h)}`` for queries (B, R, H, D) and landmarks (B, n, m, G, D): (B, R, n)."""
-    batch, rows, heads, size = queries.shape
+    """(B, R, n): ``sum_h max_j q_h . l_{b,j,g(h)}`` of queries (B, R, H, D) and landmarks (B, n, m, G, D)."""
+    rows, heads = queries.shape[1:3]
     n, m, kv_heads = landmarks.shape[1:4]
     q_BGrD = queries.unflatten(2, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
     scores = []

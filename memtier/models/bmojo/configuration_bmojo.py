@@ -29,6 +29,7 @@ class BMojoConfig(PreTrainedConfig):
         span_block_tokens, span_refresh_tokens, span_blocks: S, r and K of the expansion span.
         memory_layers: attention layers with an expansion span. None: the bmojo layers; []: no span.
         far_positions: "compact", "none" or "true"; see `memtier.layers.positions`.
+        landmark_keys: keys of a block that it is found by; 0: their mean. See `memtier.layers.landmarks`.
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.
         kv_conv_size: width of the causal depthwise convolution on k and v; 0 for none.
@@ -59,6 +60,7 @@ class BMojoConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     far_positions: str = "compact"
     storage_dtype: str = "float16"
+    landmark_keys: int = 0
     rope_theta: float | None = 10_000.0
     kv_conv_size: int = 4
     qk_norm: bool = False
@@ -122,6 +124,7 @@ class BMojoConfig(PreTrainedConfig):
             span_block_tokens=self.span_block_tokens, span_refresh_tokens=self.span_refresh_tokens,
             span_blocks=self.span_blocks, memory_layers=tuple(self.memory_layers or ()),
             far_positions=self.far_positions, storage_dtype=self.storage_dtype,  # pyright: ignore[reportArgumentType]
+            landmark_keys=self.landmark_keys,
         )  # fmt: skip
 
     def has_fading(self, layer: int) -> bool:
@@ -149,6 +152,11 @@ def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
     for name in ("sink_tokens", "eidetic_tokens", "span_blocks"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name} is {getattr(settings, name)}; it must be 0 (off) or more.")
+    if not 0 <= settings.landmark_keys <= settings.span_block_tokens:
+        raise ConfigError(
+            f"landmark_keys is {settings.landmark_keys}; it must be 0 (the mean) or up to span_block_tokens "
+            f"({settings.span_block_tokens})."
+        )
     if settings.sink_tokens > settings.window_tokens:
         raise ConfigError(
             f"sink_tokens is {settings.sink_tokens}; it must not exceed window_tokens ({settings.window_tokens})."

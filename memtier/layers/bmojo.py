@@ -20,7 +20,7 @@ from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan
 from memtier.layers.positions import Sources, rotate_sources
-from memtier.layers.state import AttentionState, empty_attention_state, roll
+from memtier.layers.state import AttentionState, empty_attention_state, extend, roll
 from memtier_kernels import Band, Paged, causal_conv1d, innovation, span_attention
 
 __all__ = ["SOURCES", "BMojoMixer", "MixerLosses", "MixerState"]
@@ -96,13 +96,14 @@ class BMojoMixer(nn.Module):
         """
         batch, tokens, _ = h.shape
         settings, carried = plan.settings, None if state is None else state.attention
-        prefix = 0 if carried is None else settings.ring_tokens
         q, k, v, tails = self._project(h, carried)
-        keys = k if carried is None else torch.cat([carried.keys, k], dim=1)
-        values = v if carried is None else torch.cat([carried.values, v], dim=1)
-        changes: dict[str, torch.Tensor] = {} if carried is None else {**tails, "keys": roll(carried.keys, k)}
+        keys, values = k, v
+        changes: dict[str, torch.Tensor] = {}
         if carried is not None:
-            changes["values"] = roll(carried.values, v)
+            changes.update(tails)
+            keys, changes["keys"] = extend(carried.keys, k)
+            values, changes["values"] = extend(carried.values, v)
+        prefix = keys.shape[1] - tokens
 
         fading, f_state, surprise, losses = None, None, None, MixerLosses()
         if self.fading is not None and self.predictor is not None:
@@ -111,9 +112,10 @@ class BMojoMixer(nn.Module):
             last = f.new_zeros(batch, 1, f.shape[2]) if carried is None else carried.last_fading[:, None].to(f.dtype)
             error = innovation(h.detach(), self.predictor(torch.cat([last, f[:, :-1]], dim=1)))
             losses = MixerLosses(innovation=error.mean())
-            surprise = error.detach() if carried is None else torch.cat([carried.innovation, error.detach()], dim=1)
+            surprise = error.detach()
             if carried is not None:
-                changes.update(fading_changes, innovation=roll(carried.innovation, error.detach()))
+                changes.update(fading_changes)
+                surprise, changes["innovation"] = extend(carried.innovation, surprise)
 
         positions = None
         queries = search_queries(q, self.kv_heads, settings.landmark_keys)
@@ -165,9 +167,9 @@ class BMojoMixer(nn.Module):
         if carried is None:
             return out, None, losses
         zero = result.lse.new_zeros(())
-        none = zero.expand(batch)
-        share = [(result.parts[s] - result.lse).exp().mean((1, 2)) if s in result.parts else none for s in SOURCES]
-        changes["mass"] = torch.stack(share, dim=1)
+        none = torch.full_like(result.lse, float("-inf"))
+        parts = torch.stack([result.parts.get(source, none) for source in SOURCES], dim=-1)
+        changes["mass"] = (parts - result.lse[..., None]).exp().mean((1, 2))
         if isinstance(sources.span, Paged):
             changes["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], sources.span)
         elif "span_ids" in changes:
@@ -203,14 +205,12 @@ class BMojoMixer(nn.Module):
         v = self.v_proj(f).unflatten(2, (self.kv_heads, self.head_dim)).to(f.dtype)
         k = (k if self.k_norm is None else self.k_norm(k)).to(f.dtype)
         changes: dict[str, torch.Tensor] = {}
-        prefix, keys, values = 0, k, v
+        keys, values = k, v
         if carried is not None:
-            prefix = carried.fading_keys.shape[1]
-            keys, values = torch.cat([carried.fading_keys, k], dim=1), torch.cat([carried.fading_values, v], dim=1)
-            changes = {
-                "fading_keys": roll(carried.fading_keys, k), "fading_values": roll(carried.fading_values, v),
-                "last_fading": f[:, -1].clone(),
-            }  # fmt: skip
+            keys, changes["fading_keys"] = extend(carried.fading_keys, k)
+            values, changes["fading_values"] = extend(carried.fading_values, v)
+            changes["last_fading"] = f[:, -1].clone()
+        prefix = keys.shape[1] - f.shape[1]
         start = (plan.lo_token - plan.settings.window_tokens).clamp(min=0)
         return Band(keys, values, start - plan.origin + prefix, plan.lo_token - plan.origin + prefix), changes
 

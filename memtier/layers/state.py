@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AttentionState", "empty_attention_state", "roll"]
+__all__ = ["AttentionState", "empty_attention_state", "extend", "roll"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,15 @@ def roll(ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if tokens >= size:
         return new[:, tokens - size :].to(ring.dtype).clone()
     return torch.cat([ring[:, tokens:], new.to(ring.dtype)], dim=1)
+
+
+def extend(ring: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the tokens of a step may look at, ending with them, and the ring afterwards.
+
+    For one token both are the same tensor: what it sees or seals is never as old as the entry that it pushes out.
+    """
+    rolled = roll(ring, new)
+    return (rolled if new.shape[1] == 1 else torch.cat([ring, new.to(ring.dtype)], dim=1)), rolled
 
 
 def empty_attention_state(

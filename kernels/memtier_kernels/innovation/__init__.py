@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from memtier_kernels.dispatch import Impl, choose
-from memtier_kernels.innovation import reference
+from memtier_kernels.innovation import custom_op, reference
 
 __all__ = ["innovation", "keep_surprising"]
+
+# the kernel compares each candidate with each other
+_MOST_CANDIDATES = 131_072
 
 
 def innovation(h: torch.Tensor, predicted: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
@@ -20,7 +23,8 @@ def innovation(h: torch.Tensor, predicted: torch.Tensor, *, impl: Impl = "auto")
     Returns:
         (B, T) float32 (float64 stays float64).
     """
-    return choose("innovation", impl, h, reference=reference.innovation)(h, predicted)
+    run = choose("innovation", impl, h, reference=reference.innovation, triton=custom_op.innovation)
+    return run(h, predicted)
 
 
 def keep_surprising(
@@ -40,6 +44,9 @@ def keep_surprising(
     Returns:
         (B, R, m) int64 indices of candidates, ascending, -1 at the end where there are fewer.
     """
-    return choose("keep_surprising", impl, innovation, reference=reference.keep_surprising)(
-        innovation, positions, before, m
-    )
+    n = innovation.shape[1]
+    run = choose(
+        "keep_surprising", impl, innovation, reference=reference.keep_surprising, triton=custom_op.keep_surprising,
+        limit=f"{n} candidates are over {_MOST_CANDIDATES}" if n > _MOST_CANDIDATES else None,
+    )  # fmt: skip
+    return run(innovation, positions, before, m)

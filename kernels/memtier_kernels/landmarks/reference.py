@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from memtier_kernels.dispatch import compact_indices, compute_dtype
 
 __all__ = ["best_blocks", "landmarks", "late_interaction", "select_blocks"]
 
-_PIECE_BLOCKS = 1024
+_PIECE_BLOCKS = 512
 
 
 def landmarks(keys: torch.Tensor) -> torch.Tensor:
@@ -28,14 +30,14 @@ def select_blocks(
 def late_interaction(queries: torch.Tensor, landmarks: torch.Tensor) -> torch.Tensor:
     """(B, R, n): ``sum_h max_j q_h . l_{b,j,g(h)}`` of queries (B, R, H, D) and landmarks (B, n, m, G, D)."""
     rows, heads = queries.shape[1:3]
-    n, m, kv_heads = landmarks.shape[1:4]
-    q_BGrD = queries.unflatten(2, (kv_heads, heads // kv_heads)).transpose(1, 2).flatten(2, 3)
+    kv_heads = landmarks.shape[3]
+    q_BGrD = queries.unflatten(2, (kv_heads, heads // kv_heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     scores = []
-    # in pieces, since the products with single landmarks are far more than the scores
-    for l_BnmGD in landmarks.split(_PIECE_BLOCKS, dim=1) if n else (landmarks,):
-        products = q_BGrD @ l_BnmGD.flatten(1, 2).permute(0, 2, 3, 1)
-        best = products.unflatten(-1, (l_BnmGD.shape[1], m)).amax(-1)
-        scores.append(best.unflatten(2, (rows, heads // kv_heads)).sum((1, 3)))
+    # in pieces that stay in the cache of a core: the products with single landmarks are far more than the scores
+    for l_BnmGD in landmarks.split(_PIECE_BLOCKS, dim=1) if landmarks.shape[1] else (landmarks,):
+        products = (q_BGrD @ one.permute(0, 2, 3, 1) for one in l_BnmGD.unbind(2))
+        best = functools.reduce(torch.maximum, products)
+        scores.append(best.unflatten(2, (heads // kv_heads, rows)).sum((1, 2)))
     return torch.cat(scores, dim=-1)
 
 

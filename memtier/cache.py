@@ -351,10 +351,7 @@ def _empty_states(
     """Fresh states of every layer: made on a model of no memory (the meta device), so no weights are needed."""
     states: list[LayerState] = []
     with torch.device("meta"):
-        mixers = [
-            config.make_fading_memory() if kind == "mamba2" else BMojoMixer(config, i, fading=config.has_fading(i))
-            for i, kind in enumerate(config.layer_types or [])
-        ]
+        mixers = [config.make_mixer(layer) for layer in range(config.num_hidden_layers)]
     for mixer in mixers:
         if isinstance(mixer, BMojoMixer):
             states.append(mixer.empty_state(settings, batch, device, dtype))

@@ -20,11 +20,14 @@ from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan
 from memtier.layers.positions import Sources, rotate_sources
+from memtier.layers.rules import EideticRule, RuleByName, prediction_error
 from memtier.layers.state import AttentionState, empty_attention_state, extend, roll
-from memtier_kernels import Band, Paged, causal_conv1d, innovation, span_attention
+from memtier_kernels import Band, Paged, causal_conv1d, span_attention
 
 __all__ = ["SOURCES", "BMojoMixer", "MixerLosses", "MixerState"]
 
+# how many outputs of the fading memory the innovation test looks at
+PREDICTOR_TOKENS = {"linear": 1, "conv": 4}
 SOURCES = ("sinks", "span", "eidetic", "fading", "window")
 
 
@@ -67,12 +70,18 @@ class BMojoMixer(nn.Module):
         self.fading = config.make_fading_memory() if fading else None
         # P of the innovation test: the next input predicted from the fading memory
         self.predictor = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if fading else None
+        self.predictor_tokens = PREDICTOR_TOKENS[config.innovation_predictor]
+        if fading and self.predictor_tokens > 1:
+            self.predictor_conv = nn.Parameter(torch.zeros(config.hidden_size, self.predictor_tokens))
+        self.rule_name = config.eidetic_rule
+        self.rule: EideticRule = RuleByName(config.eidetic_rule, layer, config.eidetic_threshold)
 
     def empty_state(self, settings, batch: int, device: torch.device, dtype: torch.dtype) -> MixerState:
         """The state before the first token, under the given MemorySettings."""
         attention = empty_attention_state(
             batch, settings=settings, kv_heads=self.kv_heads, head_dim=self.head_dim,
-            hidden_size=self.hidden_size, conv_size=self.conv_size, fading=self.fading is not None,
+            hidden_size=self.hidden_size, conv_size=self.conv_size, predictor_tokens=self.predictor_tokens,
+            fading=self.fading is not None,
             memory=self.layer in settings.memory_layers, device=device, dtype=dtype,
         )  # fmt: skip
         return MixerState(attention, None if self.fading is None else self.fading.empty_state(batch, device, dtype))
@@ -109,12 +118,11 @@ class BMojoMixer(nn.Module):
         if self.fading is not None and self.predictor is not None:
             f, f_state = self.fading(h, None if state is None else state.fading)
             fading, fading_changes = self._fading_band(f, plan, carried)
-            last = f.new_zeros(batch, 1, f.shape[2]) if carried is None else carried.last_fading[:, None].to(f.dtype)
-            error = innovation(h.detach(), self.predictor(torch.cat([last, f[:, :-1]], dim=1)))
+            error, last_fading = self._prediction_error(h.detach(), f, carried)
             losses = MixerLosses(innovation=error.mean())
             surprise = error.detach()
             if carried is not None:
-                changes.update(fading_changes)
+                changes.update(fading_changes, last_fading=last_fading)
                 surprise, changes["innovation"] = extend(carried.innovation, surprise)
 
         positions = None
@@ -131,7 +139,7 @@ class BMojoMixer(nn.Module):
                         changes["query_tail"] = roll(carried.query_tail, queries)
         eidetic = None
         if settings.eidetic_tokens and surprise is not None and not (dense and self.layer in settings.memory_layers):
-            chosen = eidetic_step(plan, carried, keys, values, surprise, prefix)
+            chosen = eidetic_step(plan, carried, keys, values, surprise, prefix, self.rule)
             if chosen is not None:
                 if carried is not None:
                     changes.update(chosen.carried())
@@ -197,6 +205,23 @@ class BMojoMixer(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k.to(h.dtype), v.to(h.dtype), tails
 
+    def _prediction_error(
+        self, h: torch.Tensor, f: torch.Tensor, carried: AttentionState | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """How badly each token was predicted from the fading memory before it, (B, T), and the f to look at next."""
+        assert self.predictor is not None
+        width = self.predictor_tokens
+        if carried is None:
+            before = f.new_zeros(f.shape[0], width, f.shape[2])
+        else:
+            before = carried.last_fading.reshape(f.shape[0], width, -1).to(f.dtype)
+        seen = torch.cat([before, f], dim=1)
+        past = seen[:, width - 1 : -1]
+        if width > 1:
+            past, _ = causal_conv1d(past, self.predictor_conv, tail=seen[:, : width - 1])
+        error = prediction_error(h, self.predictor(past.to(f.dtype)), self.rule_name)
+        return error, seen[:, -width:].reshape(f.shape[0], *([] if width == 1 else [width]), -1).clone()
+
     def _fading_band(
         self, f: torch.Tensor, plan: StepPlan, carried: AttentionState | None
     ) -> tuple[Band, dict[str, torch.Tensor]]:
@@ -209,7 +234,6 @@ class BMojoMixer(nn.Module):
         if carried is not None:
             keys, changes["fading_keys"] = extend(carried.fading_keys, k)
             values, changes["fading_values"] = extend(carried.fading_values, v)
-            changes["last_fading"] = f[:, -1].clone()
         prefix = keys.shape[1] - f.shape[1]
         start = (plan.lo_token - plan.settings.window_tokens).clamp(min=0)
         return Band(keys, values, start - plan.origin + prefix, plan.lo_token - plan.origin + prefix), changes

@@ -14,6 +14,7 @@ import torch
 from memtier.layers.landmarks import block_landmarks, boundary_queries
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
+from memtier.layers.rules import EideticRule
 from memtier.layers.state import AttentionState
 from memtier_kernels import Paged, keep_surprising, select_blocks
 
@@ -73,12 +74,13 @@ class EideticStep:
 
 def eidetic_step(
     plan: StepPlan, state: AttentionState | None, keys: torch.Tensor, values: torch.Tensor, innovation: torch.Tensor,
-    prefix: int,
+    prefix: int, rule: EideticRule,
 ) -> EideticStep | None:  # fmt: skip
     """Choose each group's eidetic tokens among the carried slots and the tokens that leave the window in this step.
 
     Args:
         keys, values: (B, prefix + T, G, D), ring and new tokens; innovation: (B, prefix + T).
+        rule: scores the candidates; the highest stay.
 
     Returns:
         None if there is no candidate at all.
@@ -101,7 +103,9 @@ def eidetic_step(
         table = torch.arange(slots, device=keys.device).expand(p.shape).masked_fill(p < 0, -1)
         table = table[:, None].expand(-1, len(plan.boundaries), -1)
     else:
-        table = keep_surprising(e, p, plan.lo_row, slots)
+        scores = rule(e, p)
+        allowed = p.masked_fill(scores == float("-inf"), -1)
+        table = keep_surprising(scores.masked_fill(allowed < 0, 0.0), allowed, plan.lo_row, slots)
     return EideticStep(k, v, e, p, table)
 
 

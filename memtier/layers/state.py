@@ -23,7 +23,7 @@ class AttentionState:
     innovation: torch.Tensor  # (B, R) float32: of the tokens in the ring
     fading_keys: torch.Tensor  # (B, W + R, G, D); zero tokens without fading memory
     fading_values: torch.Tensor  # (B, W + R, G, D)
-    last_fading: torch.Tensor  # (B, E): f of the newest token
+    last_fading: torch.Tensor  # (B, E): f of the newest token; (B, width, E) where the predictor is a convolution
     key_tail: torch.Tensor  # (B, width - 1, C): inputs of the k convolution
     value_tail: torch.Tensor  # (B, width - 1, C)
     query_tail: torch.Tensor  # (B, r - 1, C) float32: queries summed per KV head, before rotary
@@ -59,10 +59,10 @@ def extend(ring: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def empty_attention_state(
-    batch: int, *, settings, kv_heads: int, head_dim: int, hidden_size: int, conv_size: int,
+    batch: int, *, settings, kv_heads: int, head_dim: int, hidden_size: int, conv_size: int, predictor_tokens: int,
     fading: bool, memory: bool, device: torch.device, dtype: torch.dtype,
 ) -> AttentionState:  # fmt: skip
-    """The state before the first token. `settings` is a MemorySettings."""
+    """The state before the first token. `settings` is a MemorySettings; a prediction sees `predictor_tokens` of f."""
     full = torch.float64 if dtype == torch.float64 else torch.float32
     ring, eidetic = settings.ring_tokens, settings.eidetic_tokens if fading else 0
     fading_ring = settings.window_tokens + ring if fading else 0
@@ -70,6 +70,7 @@ def empty_attention_state(
     # a query of one token needs none of those before it
     stride = settings.span_refresh_tokens if memory and not settings.landmark_keys else 1
     tail = max(conv_size - 1, 0)
+    last = () if predictor_tokens == 1 else (predictor_tokens,)
     channels = kv_heads * head_dim
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -80,7 +81,7 @@ def empty_attention_state(
 
     return AttentionState(
         keys=kv(ring), values=kv(ring), innovation=zeros(ring, kind=full),
-        fading_keys=kv(fading_ring), fading_values=kv(fading_ring), last_fading=zeros(hidden_size),
+        fading_keys=kv(fading_ring), fading_values=kv(fading_ring), last_fading=zeros(*last, hidden_size),
         key_tail=zeros(tail, channels), value_tail=zeros(tail, channels), query_tail=zeros(stride - 1, channels,
         kind=full), eidetic_keys=kv(eidetic), eidetic_values=kv(eidetic), eidetic_innovation=zeros(eidetic, kind=full),
         eidetic_positions=zeros(eidetic, kind=torch.int64) - 1,

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from memtier.blocks import MemorySettings
 from memtier.errors import ConfigError
+from memtier.layers.bmojo import PREDICTOR_TOKENS, BMojoMixer
+from memtier.layers.gated_deltanet import GatedDeltaNet
 from memtier.layers.mamba2 import Mamba2
+from memtier.layers.rules import EIDETIC_RULES
 
-__all__ = ["LAYER_TYPES", "BMojoConfig"]
+__all__ = ["FADING", "LAYER_TYPES", "BMojoConfig"]
 
-LAYER_TYPES = ("bmojo", "mamba2", "sliding_attention")
+FADING = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
+LAYER_TYPES = ("bmojo", *FADING, "sliding_attention")
+# left out of a saved config while at their defaults, so that models and stores from before them keep their fingerprint
+_LATER_FIELDS = ("eidetic_rule", "eidetic_threshold", "innovation_predictor")
 
 
 @strict
@@ -21,8 +27,8 @@ class BMojoConfig(PreTrainedConfig):
     """Sizes and choices of a B'MOJO model.
 
     Args:
-        layer_types: the mixer of each layer: "bmojo" (attention with fading memory), "mamba2" (fading memory alone) or
-            "sliding_attention" (attention alone). None: all "bmojo".
+        layer_types: the mixer of each layer: "bmojo" (attention with fading memory), "mamba2" or "gated_deltanet"
+            (fading memory alone) or "sliding_attention" (attention alone). None: all "bmojo".
         window_tokens: W, the tokens that attention sees exactly; with far memories on it is widened to whole blocks.
         sink_tokens: first tokens of a session that stay visible.
         eidetic_tokens: M, surprising old tokens kept verbatim a bmojo layer; 0 turns eidetic memory off.
@@ -33,7 +39,13 @@ class BMojoConfig(PreTrainedConfig):
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.
         kv_conv_size: width of the causal depthwise convolution on k and v; 0 for none.
-        fading: mixer of the fading memory: "mamba2", or "none".
+        fading: mixer of the fading memory: "mamba2", "gated_deltanet" or "none".
+        eidetic_rule: which old tokens are kept verbatim; see `memtier.layers.rules`.
+        eidetic_threshold: the least innovation that rule "threshold" keeps.
+        innovation_predictor: what foresees a token: "linear", a map of the newest output of the fading memory, or
+            "conv", the same of a short convolution over the newest four.
+        ssm_expand, ssm_head_dim, ssm_state_size, ssm_groups, ssm_conv_size, ssm_chunk_size: sizes of the fading memory
+            (of a Gated DeltaNet: heads of the values, size of a key, number of key heads)
         innovation_loss_weight, span_loss_weight: of the auxiliary training losses.
 
     Raises:
@@ -65,6 +77,9 @@ class BMojoConfig(PreTrainedConfig):
     kv_conv_size: int = 4
     qk_norm: bool = False
     fading: str = "mamba2"
+    eidetic_rule: str = "innovation"
+    eidetic_threshold: float = 0.5
+    innovation_predictor: str = "linear"
     ssm_state_size: int = 32
     ssm_head_dim: int = 48
     ssm_expand: int = 2
@@ -113,9 +128,17 @@ class BMojoConfig(PreTrainedConfig):
             raise ConfigError(f"ssm_groups is {self.ssm_groups}; it must divide the number of scan heads.")
         if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even one, or rope_theta=None.")
-        if self.fading not in ("mamba2", "none"):
-            raise ConfigError(f'fading is {self.fading!r}; it must be "mamba2" or "none".')
+        for name, choices in (
+            ("fading", (*FADING, "none")), ("eidetic_rule", EIDETIC_RULES), ("innovation_predictor", PREDICTOR_TOKENS),
+        ):  # fmt: skip
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         check_settings(self.memory_settings(), types)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are saved and fingerprinted."""
+        out = super().to_dict()
+        return {k: v for k, v in out.items() if k not in _LATER_FIELDS or v != getattr(BMojoConfig, k)}
 
     def memory_settings(self) -> MemorySettings:
         """The memory sizes this model was made for."""
@@ -131,9 +154,16 @@ class BMojoConfig(PreTrainedConfig):
         """True if the attention of this layer has a fading memory (and with it innovation)."""
         return self.fading != "none" and (self.layer_types or [])[layer] == "bmojo"
 
-    def make_fading_memory(self) -> Mamba2:
-        """A new recurrent mixer of this model's sizes."""
-        return Mamba2(
+    def make_mixer(self, layer: int) -> BMojoMixer | Mamba2 | GatedDeltaNet:
+        """A new mixer for this layer: the one place where a layer type becomes a module."""
+        kind = (self.layer_types or [])[layer]
+        return (
+            self.make_fading_memory(kind) if kind in FADING else BMojoMixer(self, layer, fading=self.has_fading(layer))
+        )
+
+    def make_fading_memory(self, kind: str | None = None) -> Mamba2 | GatedDeltaNet:
+        """A new recurrent mixer of this model's sizes: the attention layers' fading memory, or one of that kind."""
+        return FADING[kind or self.fading](
             self.hidden_size, expand=self.ssm_expand, head_dim=self.ssm_head_dim, state_size=self.ssm_state_size,
             groups=self.ssm_groups, conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size,
             eps=self.rms_norm_eps,
@@ -162,8 +192,8 @@ def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
             f"sink_tokens is {settings.sink_tokens}; it must not exceed window_tokens ({settings.window_tokens})."
         )
     for layer in settings.memory_layers:
-        if not 0 <= layer < len(layer_types) or layer_types[layer] == "mamba2":
-            able = [i for i, kind in enumerate(layer_types) if kind != "mamba2"]
+        if not 0 <= layer < len(layer_types) or layer_types[layer] in FADING:
+            able = [i for i, kind in enumerate(layer_types) if kind not in FADING]
             raise ConfigError(f"memory_layers names layer {layer}; layers with attention are {able}.")
     if list(settings.memory_layers) != sorted(set(settings.memory_layers)):
         raise ConfigError(f"memory_layers is {settings.memory_layers}; it must be ascending, each layer once.")

@@ -18,6 +18,7 @@ from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
 from memtier.layers.bmojo import BMojoMixer, MixerLosses, MixerState
+from memtier.layers.gated_deltanet import GatedDeltaNet
 from memtier.layers.mamba2 import Mamba2, Mamba2State
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan, make_plan
@@ -55,10 +56,7 @@ class BMojoBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: BMojoConfig, layer: int) -> None:
         super().__init__()
-        recurrent = (config.layer_types or [])[layer] == "mamba2"
-        self.mixer = (
-            config.make_fading_memory() if recurrent else BMojoMixer(config, layer, fading=config.has_fading(layer))
-        )
+        self.mixer = config.make_mixer(layer)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if config.intermediate_size else None
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if config.intermediate_size else None
@@ -69,7 +67,7 @@ class BMojoBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, MixerState | Mamba2State | None, MixerLosses]:  # fmt: skip
         h = self.norm(x)
         losses = MixerLosses()
-        if isinstance(self.mixer, Mamba2):
+        if not isinstance(self.mixer, BMojoMixer):
             assert state is None or isinstance(state, Mamba2State)
             mixed, state = self.mixer(h, state)
         else:
@@ -95,10 +93,11 @@ class BMojoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         depth = (2 * self.config.num_hidden_layers) ** -0.5
-        if isinstance(module, Mamba2):
+        if isinstance(module, Mamba2 | GatedDeltaNet):
             fresh = Mamba2.initial_ssm(module.heads)
             for name, value in fresh.items():
-                init.copy_(getattr(module, name), value)
+                if hasattr(module, name):
+                    init.copy_(getattr(module, name), value)
             bound = module.conv1d.kernel_size[0] ** -0.5
             init.uniform_(module.conv1d.weight, -bound, bound)
             init.normal_(module.out_proj.weight, mean=0.0, std=self.config.initializer_range * depth)
@@ -110,6 +109,10 @@ class BMojoPreTrainedModel(PreTrainedModel):
                     start = torch.randn_like(weight) * 0.1
                     start[:, -1] += 1.0
                     init.copy_(weight, start)
+            if module.fading is not None and module.predictor_tokens > 1:
+                start = torch.zeros_like(module.predictor_conv)
+                start[:, -1] = 1.0
+                init.copy_(module.predictor_conv, start)
         elif isinstance(module, GatedMLP):
             init.normal_(module.down_proj.weight, mean=0.0, std=self.config.initializer_range * depth)
 

@@ -13,9 +13,8 @@ from typing import NoReturn
 import torch
 
 from memtier.cache import LayerState, TieredCache
-from memtier.layers.bmojo import MixerState
 from memtier.layers.plan import StepPlan, make_decode_plan
-from memtier.layers.records import combine, map_tensors
+from memtier.layers.records import combine, flatten, map_tensors
 
 __all__ = ["DecodeCache"]
 
@@ -78,6 +77,4 @@ def _stacked(caches: Sequence[TieredCache]) -> list[LayerState]:
 
 
 def _rows(states: list[LayerState]) -> int:
-    state = states[0]
-    tensor = state.attention.keys if isinstance(state, MixerState) else state.ssm
-    return tensor.shape[0]
+    return next(tensor for _, tensor in flatten(states[0])).shape[0]

@@ -24,6 +24,9 @@ VARIANTS = {
     "qk-norm": {"qk_norm": True},
     "no-convolution": {"kv_conv_size": 0},
     "bf16-store": {"storage_dtype": "bfloat16"},
+    "landmark-keys": {"landmark_keys": 2, "num_key_value_heads": 2},
+    "gated-deltanet": {"layer_types": ["gated_deltanet", "bmojo", "bmojo"], "fading": "gated_deltanet"},
+    "predictor-convolution": {"innovation_predictor": "conv"},
 }
 HISTORIES = (1, 7, 34, 61, 150)
 """Tokens read before: less than a window, and more; boundaries fall at different steps."""

@@ -51,11 +51,14 @@ def span_attention(
 
     A row that sees no key at all has out = 0 and lse = -inf. An absent source (None) equals an empty one.
     """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    limit = None
+    if q.shape[-1] > 256:
+        limit = f"its kernel takes heads of up to 256 channels, and got {q.shape[-1]}"
+    elif factor <= 0:
+        limit = f"its kernel takes a positive scale, and got {factor}"
+    plain = reference.span_attention if not torch.compiler.is_compiling() else custom_op.span_attention_reference
+    run = choose("span_attention", impl, q, reference=plain, triton=custom_op.span_attention, limit=limit)
     sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
-    run = choose(
-        "span_attention", impl, q, reference=reference.span_attention, triton=custom_op.span_attention, limit=None
-    )
-    out, lse, parts = run(
-        q, q if q_far is None else q_far, sources, group, q.shape[-1] ** -0.5 if scale is None else scale
-    )
+    out, lse, parts = run(q, q if q_far is None else q_far, sources, group, factor)
     return SpanAttentionOutput(out, lse, parts)

@@ -7,6 +7,7 @@ An operator takes flat arguments, so sources come as a list of their tensors and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -126,9 +127,7 @@ def _(q, q_far, group, tensors, form, scale):  # pyright: ignore[reportUnusedFun
     return _like_results(q, form, compute_dtype(q.dtype))
 
 
-def _like_results(
-    q: torch.Tensor, form: str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _like_results(q: torch.Tensor, form: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = q.shape[:3]
     return q.new_empty(q.shape), q.new_empty(rows, dtype=dtype), q.new_empty((len(form.split()), *rows), dtype=dtype)
 
@@ -157,25 +156,29 @@ def _reference_backward(
     tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     """The same, by reading once more with gradients."""
+    far = [] if q_far is None else [q_far]
     places = _keys_and_values(form, wanted)
-    near, far = q.detach().requires_grad_(), None if q_far is None else q_far.detach().requires_grad_()
-    # one tensor may serve several sources: a leaf for each
-    read = list(tensors)
-    for place in places:
-        read[place] = tensors[place].detach().requires_grad_()
-    with torch.enable_grad():
-        results = _read(near, far, group, read, form, scale)
-    flows = [
-        (y, dy) for y, dy in zip(results, (d_out, d_lse, d_parts), strict=True) if dy is not None and y.requires_grad
-    ]
-    leaves = [near, *([] if far is None else [far]), *(read[place] for place in places)]
-    if not flows:
-        return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in leaves]
-    grads = torch.autograd.grad(
-        [y for y, _ in flows], leaves, [dy for _, dy in flows], allow_unused=True, materialize_grads=True
-    )
-    # a result may share its memory neither with an input nor with another result
-    return [x.clone(memory_format=torch.contiguous_format) for x in grads]
+
+    def run() -> list[torch.Tensor]:
+        # one tensor may serve several sources: a leaf for each
+        leaves = [x.detach().requires_grad_() for x in (q, *far, *(tensors[place] for place in places))]
+        read = list(tensors)
+        for place, leaf in zip(places, leaves[1 + len(far) :], strict=True):
+            read[place] = leaf
+        results = _read(leaves[0], leaves[1] if far else None, group, read, form, scale)
+        flows = zip(results, (d_out, d_lse, d_parts), strict=True)
+        flows = [(y, dy) for y, dy in flows if dy is not None and y.requires_grad]
+        if not flows:
+            return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in leaves]
+        found = torch.autograd.grad(
+            [y for y, _ in flows], leaves, [dy for _, dy in flows], allow_unused=True, materialize_grads=True
+        )
+        # a result may share its memory neither with an input nor with another result
+        return [x.clone(memory_format=torch.contiguous_format) for x in found]
+
+    # within an operator its thread records no gradients
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(run).result()
 
 
 @_kernels_backward.register_fake

@@ -43,7 +43,7 @@ def forward(
     if rows > DECODE_ROWS or tokens > DECODE_TOKENS:
         launch(
             prefill, lambda chosen: (triton.cdiv(rows, chosen["BLOCK_M"]), batch * kv_heads),
-            out, lse, parts, *shared, (0, 0, 0, 0, 0), tokens, kv_heads, scale * LOG2E.value,
+            out, lse, parts, *shared, 0, 0, 0, 0, 0, tokens, kv_heads, scale * LOG2E.value,
             *classes(rows, sources), SPLIT=False, **constants,
         )  # fmt: skip
         return out, lse, parts
@@ -53,14 +53,13 @@ def forward(
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     launch(
         decode, (kv_heads * shares, batch),
-        partial, partial_lse, parts, *shared, splits, tokens, kv_heads, scale * LOG2E.value, *classes(rows, sources),
+        partial, partial_lse, parts, *shared, *splits, tokens, kv_heads, scale * LOG2E.value, *classes(rows, sources),
         SPLIT=True, BLOCK_M=max(16, triton.next_power_of_2(rows)), **constants,
     )  # fmt: skip
     counts = [count for name, count in zip(SOURCES, splits, strict=True) if name in sources]
-    bounds = tuple(sum(counts[:i]) for i in range(len(counts) + 1))
     launch(
         merge_splits, (rows, batch * kv_heads),
-        out, lse, parts, partial, partial_lse, bounds, tokens, kv_heads,
+        out, lse, parts, partial, partial_lse, *counts, *[0] * (5 - len(counts)), tokens, kv_heads,
         PARTS=len(counts), D=size, D_PAD=constants["D_PAD"], J=constants["J"],
         SHARES_PAD=triton.next_power_of_2(shares), num_warps=1 if size <= 64 else 2,
     )  # fmt: skip
@@ -108,6 +107,7 @@ def backward(
     for i, (name, source) in enumerate(sources.items()):
         if wanted[name]:
             queries = shared[0] if name in ("fading", "window") else shared[1]
+            assert isinstance(queries, Rows)
             described = shared[3 + SOURCES.index(name)]
             assert isinstance(described, Source)
             shift = delta[i if planes > 1 else 0]
@@ -119,7 +119,7 @@ def backward(
 
 
 def band_backward(
-    band: Band, source: Source, queries: object, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor, scale: float
+    band: Band, source: Source, queries: Rows, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of k and v of a band."""
     batch, tokens, heads = lse.shape
@@ -133,15 +133,15 @@ def band_backward(
     stop = torch.searchsorted(source.first, (cells + (CELL - 1)).expand(len(source.first), -1).contiguous(), right=True)
     launch(
         band_gradients, lambda chosen: (triton.cdiv(keys, chosen["BLOCK_N"]), batch * kv_heads),
-        dk, dv, source, queries, d_out, lse, delta, first, stop, *(0 if len(x) == 1 else len(cells) for x in (first, stop)),
-        tokens, kv_heads, scale * LOG2E.value, min(16, keys.bit_length()),
+        dk, dv, source, queries, d_out, lse, delta, first, stop, 0 if len(first) == 1 else len(cells),
+        0 if len(stop) == 1 else len(cells), tokens, kv_heads, scale * LOG2E.value, min(16, keys.bit_length()),
         D=size, D_PAD=max(16, triton.next_power_of_2(size)), J=heads // kv_heads, CELL=CELL,
     )  # fmt: skip
     return dk, dv
 
 
 def paged_backward(
-    paged: Paged, source: Source, queries: object, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor,
+    paged: Paged, source: Source, queries: Rows, d_out: Rows, lse: torch.Tensor, delta: torch.Tensor,
     group: torch.Tensor | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of k and v of a pool, through the table turned round."""
@@ -161,7 +161,9 @@ def paged_backward(
         # the first row serves every token, others none
         group_bounds = torch.full((table_rows + 1,), tokens, device=lse.device)
         group_bounds[0] = 0
-    tile = max(16, min(64, triton.next_power_of_2(block)))
+    wide = size * queries.at.element_size() > 256
+    largest = 64 >> (int(wide) + int(source.cos is not None))
+    tile = max(16, min(largest, triton.next_power_of_2(block)))
     tiles = blocks * triton.cdiv(block, tile)
     # few blocks that many queries see (sinks) are shared among programs, each with sums of its own
     parts = min(8 * _processors(lse.device) // (tiles * batch * kv_heads) + 1, triton.cdiv(tokens * repeat, 256))
@@ -170,8 +172,8 @@ def paged_backward(
     dk, dv = (torch.empty((parts, *shape), dtype=kind, device=lse.device) for kind in kinds)
     launch(
         paged_gradients, (tiles, batch * kv_heads, parts),
-        dk, dv, source, queries, d_out, lse, delta, order, bounds, group_bounds, blocks, table_rows * per_row, tokens,
-        kv_heads, scale * LOG2E.value, *classes(tokens * repeat, {"": paged}),
+        dk, dv, source, queries, d_out, lse, delta, order // per_row, order % per_row, bounds, group_bounds,
+        blocks, table_rows * per_row, tokens, kv_heads, scale * LOG2E.value, *classes(tokens * repeat, {"": paged}),
         S=block, BLOCK_N=tile, J=repeat, **_halved(size, source.cos is not None),
     )  # fmt: skip
     if parts == 1:
@@ -233,12 +235,14 @@ def describe(source: Band | Paged | None, tokens: int, by_group: bool) -> Source
     table, mask = dense(source.table), source.mask
     if mask is not None:
         mask = mask.flatten(2)
-    rotated = source.cos is not None and source.sin is not None
+    cos = sin = None
+    if source.cos is not None and source.sin is not None:
+        cos, sin = source.cos.contiguous(), source.sin.contiguous()
+    k_strides, v_strides = k.stride(), v.stride()
     return Source(
-        k, v, table, None, mask,
-        source.cos.contiguous() if rotated else None, source.sin.contiguous() if rotated else None,  # pyright: ignore
-        table.shape[2] * k.shape[2], int(by_group and table.shape[1] > 1),
-        *k.stride()[:4], *v.stride()[:4], table.stride(0), 0, table.stride(1),
+        k, v, table, None, mask, cos, sin, table.shape[2] * k.shape[2], int(by_group and table.shape[1] > 1),
+        k_strides[0], k_strides[1], k_strides[2], k_strides[3],
+        v_strides[0], v_strides[1], v_strides[2], v_strides[3], table.stride(0), 0, table.stride(1),
         0 if mask is None else mask.stride(0), 0 if mask is None else mask.stride(1),
     )  # fmt: skip
 
@@ -259,7 +263,7 @@ def _halved(size: int, halves: bool) -> dict[str, int]:
 
 
 def classes(rows: int, sources: dict[str, Band | Paged]) -> tuple[int, int]:
-    """What a choice of configuration is kept for: the number of query rows, and of rows in a group (0: all), coarsely."""
+    """What a choice of configuration is kept for: roughly, the query rows, and those in a group (0: all)."""
     tables = [s.table.shape[1] for s in sources.values() if isinstance(s, Paged) and s.table.shape[1] > 1]
     in_group = 0 if not tables else max(16, min(128, triton.next_power_of_2(triton.cdiv(rows, max(tables)))))
     return min(16, max(6, rows.bit_length())), in_group

@@ -4,18 +4,34 @@ Prefill: a program takes one tile of queries through every source. Decode: few q
 through one share of one source, and `merge_splits` joins the partial results.
 """
 
+# a kernel's constants are plain numbers to its caller, and what is bound depends on them: Triton's types know neither
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any
 
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
-from memtier_kernels.span_attention.triton_tiles import LOG2E, hide, load_queries, scores, store_columns, tile_rows, visit
+from memtier_kernels.span_attention.triton_tiles import (
+    LOG2E,
+    architecture,
+    hide,
+    load_queries,
+    scores,
+    store_columns,
+    tile_rows,
+    visit,
+)
 from memtier_kernels.triton_tuning import config, tuned
 
 __all__ = ["decode", "merge_splits", "prefill"]
+
+
+# counts that change from call to call: no new compilation where one of them is 1 or divisible by 16
+_COUNTS = ["sinks_shares", "span_shares", "eidetic_shares", "fading_shares", "window_shares"]
 
 
 @triton.jit
@@ -43,17 +59,18 @@ def softmax_step(
     return acc, acc_high, new_top, total * fade, part * fade + tl.sum(p, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*_COUNTS, "tokens", "size_class", "group_rows"])
 def attend(
-    out, lse, parts, q, q_far, group, sinks, span, eidetic, fading, window, splits, tokens, kv_heads, scale,
-    size_class, group_rows,
+    out, lse, parts, q, q_far, group, sinks, span, eidetic, fading, window,
+    sinks_shares, span_shares, eidetic_shares, fading_shares, window_shares,
+    tokens, kv_heads, scale, size_class, group_rows,
     SINKS: tl.constexpr, SPAN: tl.constexpr, EIDETIC: tl.constexpr, FADING: tl.constexpr, WINDOW: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr, J: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """SINKS .. WINDOW: -1 if absent, 0 for a band, else tokens a block. `scale` includes log2 e.
 
-    Whole: out (B, T, H, D), lse (B, T, H), parts (P, B, T, H). SPLIT: `splits` counts the shares of each source, out
+    Whole: out (B, T, H, D), lse (B, T, H), parts (P, B, T, H). SPLIT: `.._shares` count the shares of each source, out
     (B, G, shares, T * J, D) and lse (B, G, shares, T * J) are float32.
     """
     if SPLIT:
@@ -77,38 +94,38 @@ def attend(
         far = load_queries(q_far, b, token_M, g * J + place_M, exists_M, D, D_PAD, H_PAD, HALVES)
     if SINKS >= 0:
         acc, top, total = take_in(
-            acc, top, total, parts, far, tile, tokens, group, sinks, b, g, kv_heads, scale, share, splits[0],
+            acc, top, total, parts, far, tile, tokens, group, sinks, b, g, kv_heads, scale, share, sinks_shares,
             SINKS, D, D_PAD, H_PAD, HALVES, J, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         parts += plane
-        share -= splits[0]
+        share -= sinks_shares
     if SPAN >= 0:
         acc, top, total = take_in(
-            acc, top, total, parts, far, tile, tokens, group, span, b, g, kv_heads, scale, share, splits[1],
+            acc, top, total, parts, far, tile, tokens, group, span, b, g, kv_heads, scale, share, span_shares,
             SPAN, D, D_PAD, H_PAD, HALVES, J, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         parts += plane
-        share -= splits[1]
+        share -= span_shares
     if EIDETIC >= 0:
         acc, top, total = take_in(
-            acc, top, total, parts, far, tile, tokens, group, eidetic, b, g, kv_heads, scale, share, splits[2],
+            acc, top, total, parts, far, tile, tokens, group, eidetic, b, g, kv_heads, scale, share, eidetic_shares,
             EIDETIC, D, D_PAD, H_PAD, HALVES, J, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         parts += plane
-        share -= splits[2]
+        share -= eidetic_shares
     if FADING >= 0 or WINDOW >= 0:
         token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
         near = load_queries(q, b, token_M, g * J + place_M, exists_M, D, D_PAD, H_PAD, False)
     if FADING >= 0:
         acc, top, total = take_in(
-            acc, top, total, parts, near, tile, tokens, group, fading, b, g, kv_heads, scale, share, splits[3],
+            acc, top, total, parts, near, tile, tokens, group, fading, b, g, kv_heads, scale, share, fading_shares,
             FADING, D, D_PAD, H_PAD, False, J, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         parts += plane
-        share -= splits[3]
+        share -= fading_shares
     if WINDOW >= 0:
         acc, top, total = take_in(
-            acc, top, total, parts, near, tile, tokens, group, window, b, g, kv_heads, scale, share, splits[4],
+            acc, top, total, parts, near, tile, tokens, group, window, b, g, kv_heads, scale, share, window_shares,
             WINDOW, D, D_PAD, H_PAD, False, J, SPLIT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
@@ -152,17 +169,18 @@ def take_in(
     return acc, top, total + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares_0", "shares_1", "shares_2", "shares_3", "shares_4", "tokens"])
 def merge_splits(
-    out, lse, parts, partial, partial_lse, bounds, tokens, kv_heads,
+    out, lse, parts, partial, partial_lse, shares_0, shares_1, shares_2, shares_3, shares_4, tokens, kv_heads,
     PARTS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, J: tl.constexpr, SHARES_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Join the shares of each row: shares bounds[p] .. bounds[p + 1] belong to source p."""
+    """Join the shares of each row; the first `shares_0` of them belong to the first of the sources there are."""
     row = tl.program_id(0).to(tl.int64)
     g = (tl.program_id(1) % kv_heads).to(tl.int64)
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
     rows = tl.cast(tokens, tl.int64) * J
-    shares = bounds[PARTS]
+    counts = (shares_0, shares_1, shares_2, shares_3, shares_4)
+    shares = shares_0 + shares_1 + shares_2 + shares_3 + shares_4
     first = ((b * kv_heads + g) * shares) * rows + row
     target = (b * tokens + row // J) * (tl.cast(kv_heads, tl.int64) * J) + g * J + row % J
     plane = (tl.num_programs(1) // kv_heads) * rows * kv_heads
@@ -172,8 +190,10 @@ def merge_splits(
     top = tl.max(log_S, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     weight_S = tl.exp2((log_S - shift) * LOG2E)
+    begun = 0
     for p in tl.static_range(PARTS):
-        mine_S = (share_S >= bounds[p]) & (share_S < bounds[p + 1])
+        mine_S = (share_S >= begun) & (share_S < begun + counts[p])
+        begun += counts[p]
         own_top = tl.max(tl.where(mine_S, log_S, float("-inf")), 0)
         own_shift = tl.where(own_top == float("-inf"), 0.0, own_top)
         own = tl.sum(tl.where(mine_S, tl.exp2((log_S - own_shift) * LOG2E), 0.0), 0)
@@ -200,11 +220,13 @@ def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
     tile_m, tile_n = candidate.kwargs["BLOCK_M"], candidate.kwargs["BLOCK_N"]
     row_bytes = given["D_PAD"] * given["q"].at.element_size()
-    arch = driver.active.get_current_target().arch
-    if tile_m == 128 and (arch < 90 or row_bytes > 256 or (given["HALVES"] and tile_n > 32)):
+    arch = architecture()
+    if tile_m == 128 and (arch < 90 or row_bytes > 256 or given["HALVES"] == (tile_n > 32)):
         return False
     # a tile larger than a group of queries multiplies keys that most of its rows do not see
-    return tile_m == 16 or not 0 < given["group_rows"] < tile_m
+    if 0 < given["group_rows"] < 64:
+        return tile_m <= given["group_rows"]
+    return tile_m > 16
 
 
 _KEY = [
@@ -222,11 +244,19 @@ prefill = tuned(
     prune=_fits,
 )(attend)
 
+
+def _decode_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
+    narrow = given["D_PAD"] * given["q"].at.element_size() <= 256
+    return (candidate.kwargs["BLOCK_N"] == 64) == narrow or (narrow and not given["HALVES"])
+
+
 decode = tuned(
     [
         config(warps=4, stages=3, BLOCK_N=64),
         config(warps=4, stages=3, BLOCK_N=32),
     ],
     key=[*_KEY, "BLOCK_M"],
-    prune=lambda candidate, given: given["D_PAD"] * given["q"].at.element_size() <= 256 or candidate.kwargs["BLOCK_N"] == 32,
+    prune=lambda candidate, given: (
+        given["D_PAD"] * given["q"].at.element_size() <= 256 or candidate.kwargs["BLOCK_N"] == 32
+    ),
 )(attend)

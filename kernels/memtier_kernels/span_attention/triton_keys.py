@@ -4,15 +4,20 @@ A band: a program takes a tile of keys through the queries that may see it, a ra
 A pool: a program takes a block, or a tile of it, through the places where tables name it.
 """
 
+# a kernel's constants are plain numbers to its caller, and what is bound depends on them: Triton's types know neither
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any
 
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from memtier_kernels.span_attention.triton_tiles import (
+    LOG2E,
+    forget,
     hide,
     load_columns,
     load_keys,
@@ -22,7 +27,6 @@ from memtier_kernels.span_attention.triton_tiles import (
     rotate,
     rotate_back,
     store_columns,
-    LOG2E,
 )
 from memtier_kernels.triton_tuning import config, tuned
 
@@ -62,7 +66,7 @@ def key_step(
     return dk, dk_high, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "size_class"])
 def of_band(
     dk, dv, source, q, d_out, lse, delta, first, stop, first_batch, stop_batch, tokens, kv_heads, scale, size_class,
     D: tl.constexpr, D_PAD: tl.constexpr, J: tl.constexpr, CELL: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -90,7 +94,7 @@ def of_band(
     grad_k = tl.zeros((BLOCK_N, D_PAD), tl.float32)
     grad_v = tl.zeros((BLOCK_N, D_PAD), tl.float32)
     unused = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(0, steps):
+    for i in range(steps):
         row_M = begin_row + tl.cast(i, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         token_M = tl.minimum(row_M // J, tokens - 1)
         begin_M = tl.load(source.first + b * source.first_batch + token_M).to(tl.int64) - low
@@ -102,48 +106,57 @@ def of_band(
             grad_k, unused, grad_v, k, k, v, lane_N, q, d_out, lse, delta, row_M, stop_row, begin_M, end_M, b, g,
             tokens, kv_heads, scale, D, D_PAD, 16, False, J,
         )  # fmt: skip
+    place_N = low + forget(tl.arange(0, BLOCK_N))
+    inside_N = place_N < source.size
     offset_N = ((b * source.size + place_N) * kv_heads + g) * D
     store_columns(dk, offset_N, inside_N, grad_k * (scale / LOG2E), 0, D, D_PAD)
     store_columns(dv, offset_N, inside_N, grad_v, 0, D, D_PAD)
 
 
 @triton.jit
+def share_of(begin, stop, part, parts):
+    """Part number `part` of a range; the length is divided in 32 bits, since 64 would take a call."""
+    each = (tl.cast(stop - begin, tl.int32) + parts - 1) // parts
+    first = tl.minimum(begin + tl.cast(each, tl.int64) * part, stop)
+    return first, tl.minimum(first + each, stop)
+
+
+@triton.jit(do_not_specialize=["blocks", "entries", "tokens", "size_class", "group_rows"])
 def of_pool(
-    dk, dv, source, q, d_out, lse, delta, order, bounds, group_bounds, blocks, entries, tokens, kv_heads, scale,
-    size_class, group_rows,
+    dk, dv, source, q, d_out, lse, delta, in_row, at_entry, bounds, group_bounds, blocks, entries, tokens, kv_heads,
+    scale, size_class, group_rows,
     S: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr, J: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (parts, B, n, S, G, D); axis 2 of the grid counts the parts.
 
-    order (B, R * K): the table's entries sorted by block; bounds (B, n + 1) where each block's begin; group_bounds
-    (R + 1) where each group's tokens begin. Parts share a block's entries, or, where one row serves all, the tokens.
+    in_row, at_entry (B, R * K): the table's entries sorted by block; bounds (B, n + 1) where each block's begin;
+    group_bounds (R + 1) where each group's tokens begin. Parts share a block's entries, or, where one row serves all,
+    the tokens.
     """
     tiles = (S + BLOCK_N - 1) // BLOCK_N
     block = (tl.program_id(0) // tiles).to(tl.int64)
     g = (tl.program_id(1) % kv_heads).to(tl.int64)
     b = (tl.program_id(1) // kv_heads).to(tl.int64)
     part, parts = tl.program_id(2), tl.num_programs(2)
-    within_N = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    within_N = within_N.to(tl.int64)
+    within_N = ((tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inside_N = within_N < S
     k, k_high = load_keys(
-        source.k + b * source.k_batch + g * source.k_head + block * source.k_block, within_N * source.k_token, inside_N,
-        D, D_PAD, H_PAD, HALVES, True,
+        source.k + b * source.k_batch + g * source.k_head + block * source.k_block, within_N * source.k_token,
+        inside_N, D, D_PAD, H_PAD, HALVES, True,
     )  # fmt: skip
     v = load_columns(
-        source.v + b * source.v_batch + g * source.v_head + block * source.v_block, within_N * source.v_token, inside_N,
-        0, D, D_PAD, True,
+        source.v + b * source.v_batch + g * source.v_head + block * source.v_block, within_N * source.v_token,
+        inside_N, 0, D, D_PAD, True,
     ).to(q.at.dtype.element_ty)  # fmt: skip
     dtype = q.at.dtype.element_ty
     begin = tl.load(bounds + b * (blocks + 1) + block)
     stop = tl.load(bounds + b * (blocks + 1) + block + 1)
     share_tokens = source.by_group == 0
-    count = (stop - begin).to(tl.int64)
     if share_tokens:
         first_entry, stop_entry = begin, stop
     else:
-        first_entry, stop_entry = begin + count * part // parts, begin + count * (part + 1) // parts
+        first_entry, stop_entry = share_of(begin, stop, part, parts)
 
     grad_v = tl.zeros((BLOCK_N, D_PAD), tl.float32)
     if HALVES:
@@ -153,10 +166,8 @@ def of_pool(
         grad_k = tl.zeros((BLOCK_N, D_PAD), tl.float32)
         grad_high = tl.zeros((BLOCK_N,), tl.float32)
     for i in range(first_entry, stop_entry):
-        entry = tl.load(order + b * entries + i).to(tl.int64)
-        per_row = source.size // S
-        row = entry // per_row
-        place_N = (entry % per_row) * S + within_N
+        row = tl.load(in_row + b * entries + i).to(tl.int64)
+        place_N = tl.load(at_entry + b * entries + i).to(tl.int64) * S + within_N
         seen_N = inside_N
         if source.mask is not None:
             hidden_by = source.mask + b * source.mask_batch + row * source.mask_row
@@ -165,9 +176,7 @@ def of_pool(
         first_token = tl.load(group_bounds + row).to(tl.int64)
         stop_token = tl.load(group_bounds + row + 1).to(tl.int64)
         if share_tokens:
-            held = stop_token - first_token
-            stop_token = first_token + held * (part + 1) // parts
-            first_token = first_token + held * part // parts
+            first_token, stop_token = share_of(first_token, stop_token, part, parts)
         steps = tl.cast(((stop_token - first_token) * J + BLOCK_M - 1) // BLOCK_M, tl.int32)
         if HALVES:
             turned, turned_high = rotate(k, k_high, load_rotation(source, place_N, inside_N, D, H_PAD))
@@ -177,7 +186,7 @@ def of_pool(
         else:
             turned, turned_high = k.to(dtype), k_high.to(dtype)
             own, own_high = grad_k, grad_high
-        for j in range(0, steps):
+        for j in range(steps):
             row_M = first_token * J + tl.cast(j, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
             zero_M = tl.zeros((BLOCK_M,), tl.int32)
             own, own_high, grad_v = key_step(
@@ -192,6 +201,8 @@ def of_pool(
             grad_k, grad_high = own, own_high
     batches = tl.num_programs(1) // kv_heads
     line = (part.to(tl.int64) * batches + b) * blocks + block
+    within_N = (tl.program_id(0) % tiles) * BLOCK_N + forget(tl.arange(0, BLOCK_N))
+    inside_N = within_N < S
     offset_N = ((line * S + within_N) * kv_heads + g) * D
     if HALVES:
         store_columns(dk, offset_N, inside_N, grad_k * (scale / LOG2E), 0, D // 2, H_PAD)
@@ -204,19 +215,25 @@ def of_pool(
 def _band_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
     wide = given["D_PAD"] * given["q"].at.element_size() > 256
-    return not (wide and candidate.kwargs["BLOCK_N"] > 32)
+    return (candidate.kwargs["BLOCK_N"] <= 32) == wide
 
 
 band_gradients = tuned(
     [
         config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
-        config(warps=8, stages=2, BLOCK_M=64, BLOCK_N=128),
-        config(warps=8, stages=2, BLOCK_M=64, BLOCK_N=64),
+        config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
         config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=32),
     ],
     key=["size_class", "D", "J"],
     prune=_band_fits,
 )(of_band)
+
+
+def _pool_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
+    """No larger tiles than groups of queries, and none for groups that few of the smallest would fill."""
+    small = 0 < given["group_rows"] < 64
+    return (candidate.kwargs["BLOCK_M"] == 16) == small
+
 
 paged_gradients = tuned(
     [
@@ -225,4 +242,5 @@ paged_gradients = tuned(
         config(warps=4, stages=2, BLOCK_M=16),
     ],
     key=["size_class", "group_rows", "S", "D", "HALVES", "J"],
+    prune=_pool_fits,
 )(of_pool)

@@ -4,16 +4,20 @@ With p the weights of the whole row, ``ds = p * (do v^T - delta)``, ``dq = ds k`
 ``delta_s = sum(do * o) - dlse - dpart_s * exp(lse - part_s)``.
 """
 
+# a kernel's constants are plain numbers to its caller, and what is bound depends on them: Triton's types know neither
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
 from __future__ import annotations
 
 from typing import Any
 
 import triton
 import triton.language as tl
-from triton.runtime import driver
 
 from memtier_kernels.span_attention.triton_tiles import (
     LOG2E,
+    architecture,
     hide,
     load_columns,
     load_logs,
@@ -28,7 +32,7 @@ from memtier_kernels.triton_tuning import config, tuned
 __all__ = ["query_gradients", "row_shifts"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def row_shifts(
     delta, out, d_out, lse, d_lse, parts, d_parts, tokens, heads, rows,
     PLANES: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
@@ -50,10 +54,11 @@ def row_shifts(
         for p in tl.static_range(PLANES):
             at = row_M + p * tl.cast(rows, tl.int64)
             part_M = tl.load(parts + at, mask=exists_M, other=float("-inf"))
+            none_M = part_M == float("-inf")
             # a share too small for float32 has no gradient; the bound keeps the others finite
-            over_M = tl.exp2(tl.minimum(log_M - part_M, 80.0) * LOG2E)
+            over_M = tl.exp2(tl.minimum(tl.where(none_M, 0.0, log_M - tl.where(none_M, 0.0, part_M)), 80.0) * LOG2E)
             own_M = tl.load(d_parts + at, mask=exists_M, other=0.0) * over_M
-            tl.store(delta + at, shift_M - tl.where(part_M == float("-inf"), 0.0, own_M), mask=exists_M)
+            tl.store(delta + at, shift_M - tl.where(none_M, 0.0, own_M), mask=exists_M)
 
 
 @triton.jit
@@ -85,7 +90,7 @@ def through(
     token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
     index_M = (b * tokens + token_M) * (tl.cast(kv_heads, tl.int64) * J) + g * J + place_M
     log_M, delta_M = load_logs(lse, delta, index_M, exists_M)
-    acc, acc_high, log_M, delta_M, unused = visit(
+    acc, acc_high, _, _, _ = visit(
         acc, acc_high, log_M, delta_M, tl.zeros_like(log_M), queries, tile, tokens, group, source, b, g, scale, 0, 1,
         S, D, D_PAD, H_PAD, HALVES, J, BLOCK_M, BLOCK_N, gradient_step,
     )  # fmt: skip
@@ -93,7 +98,11 @@ def through(
 
 
 @triton.jit
-def begin(d_out, q, tile, tokens, b, g, J: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def begin(
+    d_out, q, tile, tokens, b, g,
+    J: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Empty sums, and a tile of q and of the gradient of out."""
     token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
     head_M = g * J + place_M
@@ -109,7 +118,11 @@ def begin(d_out, q, tile, tokens, b, g, J: tl.constexpr, D: tl.constexpr, D_PAD:
 
 
 @triton.jit
-def finish(at, acc, acc_high, scale, tile, tokens, b, g, kv_heads, J: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr, BLOCK_M: tl.constexpr):  # fmt: skip
+def finish(
+    at, acc, acc_high, scale, tile, tokens, b, g, kv_heads,
+    J: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, H_PAD: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """Store the gradient of a tile of queries."""
     token_M, place_M, exists_M = tile_rows(tile, tokens, J, BLOCK_M)
     offset_M = ((b * tokens + token_M) * (tl.cast(kv_heads, tl.int64) * J) + g * J + place_M) * D
@@ -120,7 +133,7 @@ def finish(at, acc, acc_high, scale, tile, tokens, b, g, kv_heads, J: tl.constex
         store_columns(at, offset_M, exists_M, acc * (scale / LOG2E), 0, D, D_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["plane", "tokens", "size_class", "group_rows"])
 def attend_backward(
     dq, dq_far, d_out, lse, delta, q, q_far, group, sinks, span, eidetic, fading, window, plane, tokens, kv_heads,
     scale, size_class, group_rows,
@@ -158,9 +171,7 @@ def attend_backward(
         near = far
     else:
         if SINKS >= 0 or SPAN >= 0 or EIDETIC >= 0:
-            finish(
-                dq_far, acc, acc_high, scale, tile, tokens, b, g, kv_heads, J, D, D_PAD, H_PAD, HALVES, BLOCK_M
-            )
+            finish(dq_far, acc, acc_high, scale, tile, tokens, b, g, kv_heads, J, D, D_PAD, H_PAD, HALVES, BLOCK_M)
         acc, acc_high, near = begin(d_out, q, tile, tokens, b, g, J, D, D_PAD, H_PAD, False, BLOCK_M)
     if FADING >= 0:
         acc, acc_high = through(
@@ -180,9 +191,9 @@ def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
     tile_m = candidate.kwargs["BLOCK_M"]
     row_bytes = given["D_PAD"] * given["q"].at.element_size()
-    if tile_m == 128 and (driver.active.get_current_target().arch < 90 or row_bytes > 256):
+    if tile_m == 128 and (architecture() < 90 or row_bytes > 256):
         return False
-    return tile_m <= 32 or not 0 < given["group_rows"] < tile_m
+    return tile_m == 32 if 0 < given["group_rows"] < 64 else tile_m > 32
 
 
 query_gradients = tuned(

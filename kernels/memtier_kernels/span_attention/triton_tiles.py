@@ -4,9 +4,13 @@ A tile of queries holds M rows, row m = token m // J of head m % J of its key/va
 holds N rows of a `Source`. `visit_band` and `visit_paged` walk over the tiles of keys that a tile of queries sees and
 call a step (`triton_forward.softmax_step`, `triton_queries.gradient_step`) on each, so masks cannot differ.
 
-The head size is loaded whole, padded to a power of two, or, where far keys are rotated by place (HALVES), as two halves,
-so that rotate-half is elementwise.
+The head size is loaded whole, padded to a power of two, or, where far keys are rotated by place (HALVES), as two
+halves, so that rotate-half is elementwise.
 """
+
+# a kernel's constants are plain numbers to its caller, and what is bound depends on them: Triton's types know neither
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -14,10 +18,17 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+
+
+def architecture() -> int:
+    """80 for an A100, 90 for an H100 or H200."""
+    return driver.active.get_current_target().arch
 
 
 class Source(NamedTuple):
@@ -255,8 +266,21 @@ def visit_band(
         v = load_columns(v_base, place_N * source.v_token, inside_N, 0, D, D_PAD, True)
         # counted within the tile, a thread's places are constants
         acc, acc_high, top, total, part = STEP(
-            acc, acc_high, top, total, part, queries, k, k_high, v, lane_N, start_M - begun, end_M - begun, scale,
-            HALVES, True
+            acc,
+            acc_high,
+            top,
+            total,
+            part,
+            queries,
+            k,
+            k_high,
+            v,
+            lane_N,
+            start_M - begun,
+            end_M - begun,
+            scale,
+            HALVES,
+            True,
         )
     return acc, acc_high, top, total, part
 

@@ -2,7 +2,8 @@
 
 Two sessions that have read the same text answer by turns, one with retrieval and one without. Then n sessions answer at
 the same time, in a runtime that reads their tokens in one forward pass and, by turns with it, in one that reads each
-alone; both run the same weights. Every number is the median over the rounds, so a machine that drifts slows both sides.
+alone; both run the same weights. A speed is the median over the turns, and a ratio the median of the ratios of two
+turns that follow each other, so a machine that drifts slows both sides.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from memtier.session import Session
 from memtier.tiers.weights import WeightsTier
 
 __all__ = ["DecodeOptions", "run_decode"]
+
+TURNS = 4
+"""One session's round is cut into so many turns: the shorter they are, the more alike is the machine for both sides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +98,17 @@ class _Bench:
         modes = ("on", "off")
         sessions = [await self._reader(runtime, f"retrieval-{mode}") for mode in modes]
         speeds: dict[str, list[float]] = {mode: [] for mode in modes}
-        for number in range(self._options.rounds + 1):
+        turns = TURNS * self._options.rounds
+        for turn in range(turns + 1):
             for mode, session in zip(modes, sessions, strict=True):
-                speed = await self._speed([session], retrieval=mode)
-                if number:  # the first round warms up
+                speed = await self._speed([session], -(-self._options.tokens // TURNS), retrieval=mode)
+                if turn:  # the first warms up
                     speeds[mode].append(speed)
-            self._on_progress("one session", number, self._options.rounds)
-        on, off = (statistics.median(speeds[mode]) for mode in modes)
-        return {"tokens_per_second_on": on, "tokens_per_second_off": off, "on_over_off": on / off}
+            self._on_progress("one session", turn, turns)
+        return {
+            **{f"tokens_per_second_{mode}": statistics.median(speeds[mode]) for mode in modes},
+            "on_over_off": _paired(speeds["on"], speeds["off"]),
+        }
 
     async def _several(self, batched: Runtime, alone: Runtime) -> dict[str, dict[str, float]]:
         most = max(self._options.sessions)
@@ -116,13 +123,11 @@ class _Bench:
             before = batched.stats().decode_batches
             for number in range(self._options.rounds):
                 for name, sessions in readers.items():
-                    speeds[name].append(await self._speed(sessions[:count]))
+                    speeds[name].append(await self._speed(sessions[:count], self._options.tokens))
                 self._on_progress(f"{count} sessions", number + 1, self._options.rounds)
-            together, apart = statistics.median(speeds["batched"]), statistics.median(speeds["alone"])
             report[str(count)] = {
-                "tokens_per_second_batched": together,
-                "tokens_per_second_alone": apart,
-                "batched_over_alone": together / apart,
+                **{f"tokens_per_second_{name}": statistics.median(measured) for name, measured in speeds.items()},
+                "batched_over_alone": _paired(speeds["batched"], speeds["alone"]),
                 "tokens_a_forward": _tokens_a_forward(before, batched.stats().decode_batches),
             }
         return report
@@ -134,9 +139,8 @@ class _Bench:
         await session.flush()
         return session
 
-    async def _speed(self, sessions: Sequence[Session], **choices: Any) -> float:
-        """Tokens a second of all sessions, each sampling as many as the options say."""
-        wanted = self._options.tokens
+    async def _speed(self, sessions: Sequence[Session], wanted: int, **choices: Any) -> float:
+        """Tokens a second of all sessions, each sampling `wanted`."""
 
         async def answer(session: Session) -> None:
             done = 0
@@ -151,6 +155,10 @@ class _Bench:
             for session in sessions:
                 tasks.start_soon(answer, session)
         return wanted * len(sessions) / (time.perf_counter() - began)
+
+
+def _paired(one: Sequence[float], two: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(one, two, strict=True))
 
 
 def _tokens_a_forward(before: dict[int, int], after: dict[int, int]) -> float:

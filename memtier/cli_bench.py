@@ -83,6 +83,31 @@ def bench_decode(
     emit_json(report) if as_json else show_values("bench decode", report)
 
 
+@bench.command("recall")
+def bench_recall(
+    grid: Annotated[str, typer.Option(help="cpu: 40 runs of at most 150 s on one core; gpu: the full grid.")] = "cpu",
+    cells: Annotated[int | None, typer.Option(help="Runs to do now; 0 only reports (default: all).")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no further run after so long.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder (default: docs/results/recall of a clone).")] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Draw PNG files too (needs memtier[plots]).")] = False,
+    threads: Threads = 1,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Associative recall from outside the window: B'MOJO and its rivals at equal bytes of memory.
+
+    Every finished run is a row of a CSV file; a later call goes on with the runs that are missing.
+    """
+    from memtier.bench.recall import RecallOptions, run_recall_bench
+    from memtier.console import emit_json, progress, show_recall_bench
+
+    command = shlex.join(["memtier", *sys.argv[1:]])
+    options = RecallOptions(grid, cells, minutes, out, plots, device, threads, command)
+    with progress() as on_progress:
+        report = run_recall_bench(options, on_progress)
+    (emit_json if as_json else show_recall_bench)(report)
+
+
 @bench.command("kernels")
 def bench_kernels(
     only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",

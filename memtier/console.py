@@ -174,6 +174,19 @@ def show_kernels(report: dict[str, Any]) -> None:
     _print(f"written to {report['written_to']}", ("case", "candidate", "ms", "times memtier", ""), rows)
 
 
+def show_recall_bench(report: dict[str, Any]) -> None:
+    """What each model of the recall grid can do."""
+    names = ("task", "fillers", "variant", "rule", "eidetic_tokens", "memory_bytes", "seeds", "accuracy")
+    more = ("lowest", "highest", "block_hit", "long_accuracy", "seconds")
+    rows = [tuple(str(row[name]) for name in (*names, *more)) for row in report["summary"]]
+    title = f"{report['cells'] - report['waiting']} of {report['cells']} runs; written to {report['written_to'][0]}"
+    columns = (
+        "task", "fillers", "model", "rule", "M", "bytes", "seeds", "accuracy", "lowest", "highest", "block hit",
+        "accuracy, long", "seconds",
+    )  # fmt: skip
+    _print(title, columns, rows)
+
+
 def _state_line(layer: Any) -> str:
     half_life = "" if layer.half_life_tokens is None else f", half-life {layer.half_life_tokens:,.0f} tokens"
     return f"layer {layer.layer}: {layer.kind} {'×'.join(map(str, layer.shape))}, norm {layer.norm:.2f}{half_life}"

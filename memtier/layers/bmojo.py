@@ -103,7 +103,7 @@ class BMojoMixer(nn.Module):
             memory: where sealed blocks go and spans come from; None: the sequence itself.
             dense: every sealed token is visible, and a loss teaches landmarks which blocks attention uses (training).
         """
-        batch, tokens, _ = h.shape
+        tokens = h.shape[1]
         settings, carried = plan.settings, None if state is None else state.attention
         q, k, v, tails = self._project(h, carried)
         keys, values = k, v

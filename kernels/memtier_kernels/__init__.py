@@ -5,6 +5,7 @@ also the name of its folder, which holds the reference and the maths (README.md)
 """
 
 from memtier_kernels.causal_conv1d import causal_conv1d
+from memtier_kernels.gated_rms_norm import gated_rms_norm
 from memtier_kernels.innovation import innovation, keep_surprising
 from memtier_kernels.landmarks import landmarks, late_interaction, select_blocks
 from memtier_kernels.span_attention import Band, Paged, SpanAttentionOutput, merge, span_attention
@@ -15,6 +16,7 @@ __all__ = [
     "Paged",
     "SpanAttentionOutput",
     "causal_conv1d",
+    "gated_rms_norm",
     "innovation",
     "keep_surprising",
     "landmarks",

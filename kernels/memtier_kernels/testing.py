@@ -211,6 +211,10 @@ def _causal_conv1d(d: _Draw, *, B: int, T: int, C: int, width: int) -> dict[str,
     }  # fmt: skip
 
 
+def _gated_rms_norm(d: _Draw, *, B: int, T: int, E: int) -> dict[str, Any]:
+    return {"x": d.normal(B, T, E), "gate": d.normal(B, T, E), "weight": d.normal(E), "eps": 1e-5}
+
+
 def _landmarks(d: _Draw, *, B: int, n: int, S: int, G: int, D: int) -> dict[str, Any]:
     return {"keys": d.normal(B, n, S, G, D)}
 
@@ -256,6 +260,7 @@ def _span_attention(
 
 _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "causal_conv1d": _causal_conv1d,
+    "gated_rms_norm": _gated_rms_norm,
     "innovation": _innovation,
     "keep_surprising": _keep_surprising,
     "landmarks": _landmarks,
@@ -267,6 +272,7 @@ _MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
 # the sizes of each op, with the values they have unless given
 OPS: dict[str, dict[str, int]] = {
     "causal_conv1d": {"B": 2, "T": 33, "C": 12, "width": 4},
+    "gated_rms_norm": {"B": 2, "T": 33, "E": 24},
     "innovation": {"B": 2, "T": 33, "E": 24},
     "keep_surprising": {"B": 2, "n": 40, "R": 3, "m": 8},
     "landmarks": {"B": 2, "n": 5, "S": 4, "G": 2, "D": 8},
@@ -285,6 +291,8 @@ _SPAN_ATTENTION = {
 REPORT_SIZES: dict[str, list[dict[str, int]]] = {
     # a sequence, and one token
     "causal_conv1d": [{"B": 2, "T": 512, "C": 1024}, {"B": 8, "T": 1, "C": 1024}],
+    # a row in registers, and a row too long for that
+    "gated_rms_norm": [{"B": 2, "T": 512, "E": 4096}, {"B": 2, "T": 512, "E": 16_384}],
     "innovation": [{"B": 2, "T": 512, "E": 2048}],
     "keep_surprising": [{"B": 2, "n": 512, "m": 64}],
     "landmarks": [{"B": 1, "n": 16, "S": 64, "G": 8, "D": 128}],

@@ -73,7 +73,7 @@ def _forward(
         off += miss * miss
         whole += value * value
     below = tl.sum(whole, 1) + EPS
-    tl.store(e + row, tl.sum(off, 1) / below, mask=exists)
+    tl.store(e + row, tl.sum(off, 1) / below, mask=exists)  # pyright: ignore[reportOperatorIssue]
     tl.store(scale + row, below, mask=exists)
 
 

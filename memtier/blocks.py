@@ -44,6 +44,8 @@ class MemorySettings:
     far_positions: FarPositions
     storage_dtype: Literal["float16", "bfloat16", "float32", "float64"]
     landmark_keys: int = 0
+    landmark_kind: Literal["mean", "bounds"] = "mean"
+    query_kind: Literal["mean", "max"] = "mean"
 
     @property
     def widened(self) -> bool:

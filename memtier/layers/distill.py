@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from memtier.blocks import MemorySettings
-from memtier.layers.landmarks import block_landmarks, boundary_queries
+from memtier.layers.landmarks import block_landmarks, boundary_queries, queries_a_boundary
 from memtier.layers.plan import StepPlan
 from memtier_kernels import Band, late_interaction
 
@@ -51,8 +51,9 @@ def distillation_loss(
         weight = by_group.amax(-1).square()
     surprise = None if innovation is None else innovation[:, used].unflatten(1, (count, block))
     marks = block_landmarks(
-        raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype), surprise, settings.landmark_keys
-    )
+        raw_keys[:, used].unflatten(1, (count, block)).to(queries.dtype), surprise, settings.landmark_keys,
+        settings.landmark_kind,
+    )  # fmt: skip
     log_p = _log_choice(boundary_queries(plan, queries, None).to(marks.dtype), marks, plan)
     kl = F.kl_div(log_p, target.to(log_p.dtype), reduction="none").sum(-1)
     return (weight * kl).sum() / weight.sum().clamp(min=1e-9)
@@ -71,7 +72,9 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
             scores = scores * queries.shape[-1] ** -0.5
         else:
             scores = queries.flatten(0, 1) @ marks.flatten(0, 1).T
-        scores = scores.unflatten(0, (batch, -1)).float()
+        # of several queries a boundary the best counts
+        each = queries_a_boundary(plan.settings)
+        scores = scores.unflatten(0, (batch, -1, each)).float().amax(2)
     seen = torch.arange(count, device=scores.device) < plan.visible_row[:, None]
     own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
     competing = torch.where(own, seen[None, :, None, :], True)

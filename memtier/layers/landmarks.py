@@ -7,6 +7,12 @@ Two kinds, by `landmark_keys`:
     m   a block keeps m of its own keys as they are, the most salient ones; the query is that of token b, head by head,
         and each head looks for its best landmark. So a block is found by a single token, which a mean would bury.
 
+Two variations of the first kind, to compare (`landmark_kind`, `query_kind`):
+
+    bounds  the landmark is the largest and the smallest value of each channel, the score the most that any key between
+            them could reach (Tang et al. 2024, "Quest"): an inner product with the query's positive and negative parts
+    max     a block's score is the best that any single one of the r queries gives it
+
 Salience is the norm of a token's key, times the fourth root of its innovation where the layer has one: what a head can
 attend to strongly, and what the fading memory could not foresee. Shape letters: `memtier.blocks`.
 """
@@ -15,23 +21,29 @@ from __future__ import annotations
 
 import torch
 
+from memtier.blocks import MemorySettings
 from memtier.layers.plan import StepPlan
 from memtier_kernels import landmarks
 
-__all__ = ["block_landmarks", "boundary_queries", "search_queries"]
+__all__ = ["best_of_queries", "block_landmarks", "boundary_queries", "queries_a_boundary", "search_queries"]
 
 
-def block_landmarks(keys: torch.Tensor, innovation: torch.Tensor | None, count: int) -> torch.Tensor:
+def block_landmarks(
+    keys: torch.Tensor, innovation: torch.Tensor | None, count: int, kind: str = "mean"
+) -> torch.Tensor:
     """Landmarks of blocks, in the dtype of the keys (float32 at least).
 
     Args:
         keys: (B, n, S, G, D), before rotary embedding.
         innovation: (B, n, S), or None.
-        count: m; 0 for the mean.
+        count: m; 0 for one vector of the whole block.
+        kind: of that vector.
 
     Returns:
-        (B, n, C) for the mean, (B, n, m, G, D) for keys, in the order of their tokens.
+        (B, n, C) for the mean, (B, n, 2C) for bounds, (B, n, m, G, D) for keys, in the order of their tokens.
     """
+    if not count and kind == "bounds":
+        return torch.cat([keys.amax(2).flatten(2), keys.amin(2).flatten(2)], dim=-1)
     if not count:
         return landmarks(keys)
     salience = keys.detach().flatten(3).norm(dim=-1)
@@ -54,7 +66,7 @@ def search_queries(q: torch.Tensor, kv_heads: int, count: int) -> torch.Tensor:
 
 
 def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor | None) -> torch.Tensor:
-    """One query a new boundary: (B, R_new, C) or (B, R_new, H, D).
+    """The queries of each new boundary: (B, R_new, C) or (B, R_new, H, D); of r queries a boundary, one after another.
 
     Args:
         queries: of `search_queries`.
@@ -68,4 +80,39 @@ def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor |
         tail = queries.new_zeros(queries.shape[0], stride - 1, queries.shape[2])
     padded = torch.cat([tail, queries], dim=1)
     index = last[:, None] + torch.arange(stride, device=queries.device)
-    return padded[:, index].mean(dim=2)
+    picked = padded[:, index]
+    picked = picked.mean(dim=2) if queries_a_boundary(plan.settings) == 1 else picked.flatten(1, 2)
+    if plan.settings.landmark_kind == "bounds":
+        return torch.cat([picked.clamp(min=0.0), picked.clamp(max=0.0)], dim=-1)
+    return picked
+
+
+def queries_a_boundary(settings: MemorySettings) -> int:
+    """1, or r where each of the last r tokens asks for itself."""
+    return settings.span_refresh_tokens if settings.query_kind == "max" else 1
+
+
+def best_of_queries(ids: torch.Tensor, scores: torch.Tensor, queries: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k blocks of highest score by any query, from the k best of each; ties to the newer block.
+
+    Args:
+        ids, scores: (B, R * queries, k), as `select_blocks` returns them.
+
+    Returns:
+        ids and scores (B, R, k), likewise.
+    """
+    if queries == 1:
+        return ids, scores
+    ids, scores = (x.unflatten(1, (-1, queries)).flatten(2) for x in (ids, scores))
+    for key in (ids, None):
+        order = (scores if key is None else key).argsort(dim=-1, descending=True, stable=True)
+        ids, scores = ids.gather(-1, order), scores.gather(-1, order)
+    # of one block chosen by several queries the first, which scores highest, counts
+    earlier = torch.ones(ids.shape[-1], ids.shape[-1], dtype=torch.bool, device=ids.device).tril(-1)
+    again = ((ids[..., :, None] == ids[..., None, :]) & earlier).any(-1)
+    scores = scores.masked_fill(again, float("-inf"))
+    order = scores.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    ids, scores = ids.gather(-1, order), scores.gather(-1, order)
+    ids = ids.masked_fill(scores == float("-inf"), -1)
+    order = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids).argsort(dim=-1)
+    return ids.gather(-1, order), scores.gather(-1, order)

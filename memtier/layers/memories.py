@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from memtier.layers.landmarks import block_landmarks, boundary_queries
+from memtier.layers.landmarks import best_of_queries, block_landmarks, boundary_queries, queries_a_boundary
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
 from memtier.layers.rules import EideticRule
@@ -187,20 +187,21 @@ def span_step(
     labels = None if innovation is None else innovation[:, sealed].unflatten(1, (count, block)).float()
     fresh = plan.visible[plan.new]
     wanted = k > 0 and any(fresh)
+    each = queries_a_boundary(settings)
     picks = boundary_queries(plan, queries, None if state is None else state.query_tail) if wanted else None
     if memory is None or state is None:
         if picks is None:
             return None
-        ids, scores = select_blocks(
-            picks.float(), block_landmarks(new_keys.float(), labels, settings.landmark_keys),
-            plan.visible_row[plan.new], k,
-        )  # fmt: skip
+        marks = block_landmarks(new_keys.float(), labels, settings.landmark_keys, settings.landmark_kind)
+        visible = plan.visible_row[plan.new].repeat_interleave(each)
+        ids, scores = best_of_queries(*select_blocks(picks.float(), marks, visible, k), each, k)
         return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores, empty=False)
 
     if count:
         owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)
         labels = None if labels is None else labels.cpu()
-        marks = block_landmarks(owned[0].to(torch.float32), labels, settings.landmark_keys)
+        wide = owned[0].to(torch.float32)
+        marks = block_landmarks(wide, labels, settings.landmark_keys, settings.landmark_kind)
         memory.seal(layer, plan.sealed_from, *owned, marks, labels)
     held = _held(state) if plan.carried else None
     if not fresh:
@@ -210,9 +211,8 @@ def span_step(
         rows = (keys.shape[0], len(fresh), k)
         ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
     else:
-        ids, scores = memory.select(
-            layer, picks.float().cpu(), torch.tensor(plan.boundaries[plan.new]), torch.tensor(fresh), k
-        )
+        at, visible = torch.tensor([plan.boundaries[plan.new], fresh]).repeat_interleave(each, dim=1)
+        ids, scores = best_of_queries(*memory.select(layer, picks.float().cpu(), at, visible, k), each, k)
     scores = scores.to(keys.device, torch.float32)
     if bool((ids >= 0).any()):
         return _resident(layer, memory, held, ids, scores) or _fetched(layer, memory, held, ids, scores, keys)

@@ -52,8 +52,9 @@ class StorageTier:
         share = None if landmark_bytes is None else landmark_bytes // max(1, len(self.layers))
         # as stored and kept, a landmark is one row: its keys one after another
         self.channels, keys = kv_heads * head_dim, settings.landmark_keys
-        self._landmark_shape = (self.channels,) if not keys else (keys, kv_heads, head_dim)
-        size = self.channels * max(1, keys)
+        bounds = 2 if settings.landmark_kind == "bounds" else 1
+        self._landmark_shape = (bounds * self.channels,) if not keys else (keys, kv_heads, head_dim)
+        size = self.channels * max(bounds, keys)
         self._landmarks = [LandmarkTable(i, size, share, store) for i in self.layers.values()]
         self._manifests: list[SegmentManifest] = []
         self._first_blocks: list[int] = []

@@ -19,7 +19,9 @@ __all__ = ["FADING", "LAYER_TYPES", "BMojoConfig"]
 FADING = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
 LAYER_TYPES = ("bmojo", *FADING, "sliding_attention")
 # left out of a saved config while at their defaults, so that models and stores from before them keep their fingerprint
-_LATER_FIELDS = ("eidetic_rule", "eidetic_threshold", "innovation_predictor")
+_LATER_FIELDS = (
+    "eidetic_rule", "eidetic_threshold", "innovation_predictor", "landmark_keys", "landmark_kind", "query_kind",
+)  # fmt: skip
 
 
 @strict
@@ -36,6 +38,7 @@ class BMojoConfig(PreTrainedConfig):
         memory_layers: attention layers with an expansion span. None: the bmojo layers; []: no span.
         far_positions: "compact", "none" or "true"; see `memtier.layers.positions`.
         landmark_keys: keys of a block that it is found by; 0: their mean. See `memtier.layers.landmarks`.
+        landmark_kind, query_kind: with landmark_keys 0, "mean" or "bounds", and "mean" or "max"; see there.
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.
         kv_conv_size: width of the causal depthwise convolution on k and v; 0 for none.
@@ -73,6 +76,8 @@ class BMojoConfig(PreTrainedConfig):
     far_positions: str = "compact"
     storage_dtype: str = "float16"
     landmark_keys: int = 0
+    landmark_kind: str = "mean"
+    query_kind: str = "mean"
     rope_theta: float | None = 10_000.0
     kv_conv_size: int = 4
     qk_norm: bool = False
@@ -147,7 +152,7 @@ class BMojoConfig(PreTrainedConfig):
             span_block_tokens=self.span_block_tokens, span_refresh_tokens=self.span_refresh_tokens,
             span_blocks=self.span_blocks, memory_layers=tuple(self.memory_layers or ()),
             far_positions=self.far_positions, storage_dtype=self.storage_dtype,  # pyright: ignore[reportArgumentType]
-            landmark_keys=self.landmark_keys,
+            landmark_keys=self.landmark_keys, landmark_kind=self.landmark_kind, query_kind=self.query_kind,  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
 
     def has_fading(self, layer: int) -> bool:
@@ -186,6 +191,15 @@ def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
         raise ConfigError(
             f"landmark_keys is {settings.landmark_keys}; it must be 0 (the mean) or up to span_block_tokens "
             f"({settings.span_block_tokens})."
+        )
+    if settings.landmark_kind not in ("mean", "bounds"):
+        raise ConfigError(f'landmark_kind is {settings.landmark_kind!r}; it must be "mean" or "bounds".')
+    if settings.query_kind not in ("mean", "max"):
+        raise ConfigError(f'query_kind is {settings.query_kind!r}; it must be "mean" or "max".')
+    if settings.landmark_keys and (settings.landmark_kind, settings.query_kind) != ("mean", "mean"):
+        raise ConfigError(
+            f"landmark_keys is {settings.landmark_keys}, landmark_kind {settings.landmark_kind!r} and query_kind "
+            f"{settings.query_kind!r}; the last two need landmark_keys=0."
         )
     if settings.sink_tokens > settings.window_tokens:
         raise ConfigError(

@@ -1,7 +1,10 @@
 """One run of a recall task: train a model on it, and ask it at the trained length and beyond.
 
-The recipe is the same for every model: short sequences first, where recall is learned in a few hundred steps, then the
-length of the task; AdamW, a warm-up and a cosine. A run of a seed on one device is a function of its cell.
+The recipe is the same for every model: sequences as short as can be first, where recall is learned in a few hundred
+steps, then the length of the task; AdamW, a warm-up and a cosine. A model with a far memory begins with few eidetic
+slots, since what to look for is learned among few tokens sooner than among all; a span then takes their place, first
+with every sealed token in sight, which teaches the landmarks, then with the chosen blocks. A run of a seed on one
+device is a function of its cell.
 """
 
 from __future__ import annotations
@@ -34,17 +37,19 @@ class Recipe:
     Args:
         steps: updates. batch_tokens: of one update, over all its sequences.
         short_share: part of the steps with short sequences, whose gap is `short_gap`, and with no more than two eidetic
-            slots a pair: among few it is learned sooner what to look for.
-        dense_share: part of the steps in which span layers attend to every sealed token, to teach the landmarks.
+            slots a pair.
+        slots_share: part of the steps in which a model with a span has such slots instead of it.
+        dense_until: part of the steps after which the span is the chosen blocks, not every sealed token.
         eval_rows: sequences of an evaluation.
     """
 
-    steps: int = 600
+    steps: int = 800
     batch_tokens: int = 2048
     learning_rate: float = 6e-3
     short_share: float = 0.75
     short_gap: int = 16
-    dense_share: float = 0.6
+    slots_share: float = 0.6
+    dense_until: float = 0.85
     warmup_share: float = 0.1
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
@@ -63,8 +68,7 @@ class Recipe:
         if step >= self.short_share * self.steps or task.gap <= self.short_gap:
             return task
         least = RecallTask.least_tokens(task.name, task.pairs, self.short_gap, task.noise)
-        # twice the room that the questions need, so that they do not always stand side by side
-        return replace(task, gap=self.short_gap, tokens=min(task.tokens, least + 2 * task.pairs))
+        return replace(task, gap=self.short_gap, tokens=least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +128,12 @@ def run_recall(
     )
     begun, begun_wall = time.process_time(), time.monotonic()
     model.train()
-    slots = config.eidetic_tokens
+    slots, memory_layers = config.eidetic_tokens, config.memory_layers
     tail: list[torch.Tensor] = []
     for step in range(recipe.steps):
-        now = recipe.task_at(task, step)
-        model.config.eidetic_tokens = slots if now.tokens == task.tokens else min(slots, 2 * task.pairs)
+        now, dense = _enter_stage(model.config, step, recipe, task, slots, memory_layers)
         batch = now.batch(seed, step, max(1, recipe.batch_tokens // now.tokens))
         tokens, labels = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.labels).to(device)
-        dense = bool(config.memory_layers) and step < recipe.dense_share * recipe.steps
         loss, task_loss = _loss(model, tokens, labels, dense)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
@@ -143,7 +145,7 @@ def run_recall(
             tail.append(task_loss.detach())
         if on_progress is not None:
             on_progress(step + 1, recipe.steps)
-    model.config.eidetic_tokens = slots
+    model.config.eidetic_tokens, model.config.memory_layers = slots, memory_layers
     last = float(torch.stack(tail).mean())
     if not math.isfinite(last):
         raise ModelError(f"the loss is {last} at the end of {recipe.steps} steps; lower learning_rate.")
@@ -152,7 +154,7 @@ def run_recall(
     nan = float("nan")
     long = Asked(nan, nan)
     if long_tokens:
-        long = ask(model, replace(task, tokens=long_tokens), max(1, recipe.eval_rows // 4))
+        long = ask(model, replace(task, tokens=long_tokens), max(1, recipe.eval_rows // 8))
     return RunResult(
         short.accuracy, short.block_hit, long.accuracy, long.block_hit, last, memory_bytes(config),
         sum(p.numel() for p in parameters), seconds, wall,
@@ -169,7 +171,7 @@ def ask(model: BMojoForCausalLM, task: RecallTask, rows: int, *, span_rule: Span
     hits: dict[int, int] = {}
     total: dict[int, int] = {}
     # several batches, so that long sequences of many rows fit into memory
-    at_once = max(1, min(rows, 64, 2**18 // task.tokens))
+    at_once = max(1, min(rows, 64, 2**16 // task.tokens))
     for part, first in enumerate(range(0, rows, at_once)):
         batch = task.batch(0, part, min(at_once, rows - first), held_out=True)
         gold = (batch.source // block) * (batch.source >= 0) - (batch.source < 0)
@@ -188,6 +190,19 @@ def ask(model: BMojoForCausalLM, task: RecallTask, rows: int, *, span_rule: Span
     model.train(was_training)
     found = [hits[layer] / total[layer] for layer in total if total[layer]]
     return Asked(right / asked, max(found, default=float("nan")))
+
+
+def _enter_stage(
+    config: BMojoConfig, step: int, recipe: Recipe, task: RecallTask, slots: int, memory_layers: list[int] | None
+) -> tuple[RecallTask, bool]:
+    """Set the memories of one step in the model's own config; its task, and whether far attention is dense."""
+    now, progress, few = recipe.task_at(task, step), step / recipe.steps, 2 * task.pairs
+    config.memory_layers, config.eidetic_tokens = memory_layers, slots
+    if memory_layers and progress < recipe.slots_share:
+        config.memory_layers, config.eidetic_tokens = [], few
+    elif now.tokens < task.tokens:
+        config.eidetic_tokens = min(slots, few)
+    return now, bool(config.memory_layers) and progress < recipe.dense_until
 
 
 def _loss(

@@ -11,9 +11,9 @@ from memtier_kernels.launch import launch
 from memtier_kernels.span_attention.custom_op import SOURCES
 from memtier_kernels.span_attention.sources import Band, Paged
 from memtier_kernels.span_attention.triton_forward import decode, merge_splits, prefill
-from memtier_kernels.span_attention.triton_keys import CELL, band_gradients, paged_gradients
+from memtier_kernels.span_attention.triton_keys import CELL, band_gradients, block_tile, paged_gradients
 from memtier_kernels.span_attention.triton_queries import query_gradients, row_shifts
-from memtier_kernels.span_attention.triton_tiles import LOG2E, Rows, Source
+from memtier_kernels.span_attention.triton_tiles import LOG2E, Rows, Source, weight
 
 __all__ = ["backward", "forward"]
 
@@ -161,9 +161,8 @@ def paged_backward(
         # the first row serves every token, others none
         group_bounds = torch.full((table_rows + 1,), tokens, device=lse.device)
         group_bounds[0] = 0
-    wide = size * queries.at.element_size() > 256
-    largest = 64 >> (int(wide) + int(source.cos is not None))
-    tile = max(16, min(largest, triton.next_power_of_2(block)))
+    halved = _halved(size, source.cos is not None)
+    tile = block_tile(block, weight({**halved, "q": queries}), bool(halved["HALVES"]))
     tiles = blocks * triton.cdiv(block, tile)
     # few blocks that many queries see (sinks) are shared among programs, each with sums of its own
     parts = min(8 * _processors(lse.device) // (tiles * batch * kv_heads) + 1, triton.cdiv(tokens * repeat, 256))
@@ -174,7 +173,7 @@ def paged_backward(
         paged_gradients, (tiles, batch * kv_heads, parts),
         dk, dv, source, queries, d_out, lse, delta, order // per_row, order % per_row, bounds, group_bounds,
         blocks, table_rows * per_row, tokens, kv_heads, scale * LOG2E.value, *classes(tokens * repeat, {"": paged}),
-        S=block, BLOCK_N=tile, J=repeat, **_halved(size, source.cos is not None),
+        S=block, BLOCK_N=tile, J=repeat, **halved,
     )  # fmt: skip
     if parts == 1:
         return dk[0], dv[0]

@@ -24,6 +24,7 @@ from memtier_kernels.span_attention.triton_tiles import (
     store_columns,
     tile_rows,
     visit,
+    weight,
 )
 from memtier_kernels.triton_tuning import config, tuned
 
@@ -217,16 +218,18 @@ def merge_splits(
 
 
 def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
-    """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
+    """Which tiles fit into registers was found by compiling (README.md)."""
     tile_m, tile_n = candidate.kwargs["BLOCK_M"], candidate.kwargs["BLOCK_N"]
-    row_bytes = given["D_PAD"] * given["q"].at.element_size()
-    arch = architecture()
-    if tile_m == 128 and (arch < 90 or row_bytes > 256 or given["HALVES"] == (tile_n > 32)):
-        return False
+    row = weight(given)
+    if row > 256:
+        best = (16, 16) if row > 512 else (64, 32) if row > 400 else (32, 32)
+        return (tile_m, tile_n) == best and candidate.num_warps == (4 if tile_m == 32 else 8)
     # a tile larger than a group of queries multiplies keys that most of its rows do not see
     if 0 < given["group_rows"] < 64:
-        return tile_m <= given["group_rows"]
-    return tile_m > 16
+        return (tile_m, tile_n) == (16, 32)
+    if tile_m == 128:
+        return architecture() >= 90 and given["HALVES"] == (tile_n == 32)
+    return tile_m == 64 and candidate.num_warps == 4
 
 
 _KEY = [
@@ -239,6 +242,9 @@ prefill = tuned(
         config(warps=8, stages=2, BLOCK_M=128, BLOCK_N=64),
         config(warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
         config(warps=4, stages=2, BLOCK_M=16, BLOCK_N=32),
+        config(warps=8, stages=2, BLOCK_M=64, BLOCK_N=32),
+        config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=32),
+        config(warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     ],
     key=_KEY,
     prune=_fits,
@@ -246,17 +252,18 @@ prefill = tuned(
 
 
 def _decode_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
-    narrow = given["D_PAD"] * given["q"].at.element_size() <= 256
-    return (candidate.kwargs["BLOCK_N"] == 64) == narrow or (narrow and not given["HALVES"])
+    row = weight(given)
+    # a tile of queries that is not the smallest takes the registers that a larger tile of keys would
+    least = 64 if row <= 256 and given["BLOCK_M"] == 16 else 32 if row <= 512 else 16
+    return candidate.kwargs["BLOCK_N"] == least or (least == 64 and candidate.kwargs["BLOCK_N"] == 32)
 
 
 decode = tuned(
     [
         config(warps=4, stages=3, BLOCK_N=64),
         config(warps=4, stages=3, BLOCK_N=32),
+        config(warps=8, stages=1, BLOCK_N=16),
     ],
     key=[*_KEY, "BLOCK_M"],
-    prune=lambda candidate, given: (
-        given["D_PAD"] * given["q"].at.element_size() <= 256 or candidate.kwargs["BLOCK_N"] == 32
-    ),
+    prune=_decode_fits,
 )(attend)

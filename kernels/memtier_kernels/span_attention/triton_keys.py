@@ -27,10 +27,11 @@ from memtier_kernels.span_attention.triton_tiles import (
     rotate,
     rotate_back,
     store_columns,
+    weight,
 )
 from memtier_kernels.triton_tuning import config, tuned
 
-__all__ = ["CELL", "band_gradients", "paged_gradients"]
+__all__ = ["CELL", "band_gradients", "block_tile", "paged_gradients"]
 
 # keys of a band for which one range of queries is kept: no tile of keys is smaller
 CELL = 16
@@ -213,16 +214,19 @@ def of_pool(
 
 
 def _band_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
-    """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
-    wide = given["D_PAD"] * given["q"].at.element_size() > 256
-    return (candidate.kwargs["BLOCK_N"] <= 32) == wide
+    """Which tiles fit into registers was found by compiling (README.md)."""
+    row = weight(given)
+    if row <= 256:
+        return candidate.kwargs["BLOCK_N"] >= 64
+    return candidate.kwargs["BLOCK_N"] == (32 if row <= 512 else 16)
 
 
 band_gradients = tuned(
     [
         config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
         config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
-        config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=32),
+        config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=32),
+        config(warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     ],
     key=["size_class", "D", "J"],
     prune=_band_fits,
@@ -230,9 +234,14 @@ band_gradients = tuned(
 
 
 def _pool_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
-    """No larger tiles than groups of queries, and none for groups that few of the smallest would fill."""
-    small = 0 < given["group_rows"] < 64
-    return (candidate.kwargs["BLOCK_M"] == 16) == small
+    """No larger tiles than groups of queries, and no more registers than there are."""
+    tile, warps = candidate.kwargs["BLOCK_M"], candidate.num_warps
+    heavy = weight(given) > 512
+    if (candidate.num_stages == 1) != heavy:
+        return False
+    if 0 < given["group_rows"] < 64 or (heavy and given["HALVES"]):
+        return tile == 16
+    return tile > 16 and (weight(given) <= 256 or warps == 8)
 
 
 paged_gradients = tuned(
@@ -240,7 +249,15 @@ paged_gradients = tuned(
         config(warps=4, stages=2, BLOCK_M=32),
         config(warps=8, stages=2, BLOCK_M=64),
         config(warps=4, stages=2, BLOCK_M=16),
+        config(warps=8, stages=1, BLOCK_M=32),
+        config(warps=8, stages=1, BLOCK_M=16),
     ],
     key=["size_class", "group_rows", "S", "D", "HALVES", "J"],
     prune=_pool_fits,
 )(of_pool)
+
+
+def block_tile(block: int, row: int, halves: bool) -> int:
+    """How many tokens of a block of a pool one program takes."""
+    largest = (64 if row <= 256 else 32 if row <= 512 else 16) // (2 if halves else 1)
+    return max(16, min(largest, triton.next_power_of_2(block)))

@@ -26,6 +26,7 @@ from memtier_kernels.span_attention.triton_tiles import (
     store_columns,
     tile_rows,
     visit,
+    weight,
 )
 from memtier_kernels.triton_tuning import config, tuned
 
@@ -188,12 +189,17 @@ def attend_backward(
 
 
 def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
-    """Whether the tiles of a configuration fit into registers: found by compiling (README.md)."""
-    tile_m = candidate.kwargs["BLOCK_M"]
-    row_bytes = given["D_PAD"] * given["q"].at.element_size()
-    if tile_m == 128 and (architecture() < 90 or row_bytes > 256):
-        return False
-    return tile_m == 32 if 0 < given["group_rows"] < 64 else tile_m > 32
+    """Which tiles fit into registers was found by compiling (README.md)."""
+    tile, warps = candidate.kwargs["BLOCK_M"], candidate.num_warps
+    row = weight(given)
+    if row > 256:
+        if given["q"].at.element_size() == 2:
+            return (tile, warps) == (32, 8)
+        return tile == 16 and warps == (8 if row > 512 else 4)
+    # a tile larger than a group of queries multiplies keys that most of its rows do not see
+    if 0 < given["group_rows"] < 64:
+        return (tile, warps) == (32, 4)
+    return tile == 64 or (tile == 128 and architecture() >= 90)
 
 
 query_gradients = tuned(
@@ -201,6 +207,9 @@ query_gradients = tuned(
         config(warps=4, stages=2, BLOCK_M=64, BLOCK_N=32),
         config(warps=8, stages=2, BLOCK_M=128, BLOCK_N=32),
         config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=32),
+        config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=32),
+        config(warps=4, stages=1, BLOCK_M=16, BLOCK_N=16),
+        config(warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
     ],
     key=["size_class", "group_rows", "SINKS", "SPAN", "EIDETIC", "FADING", "WINDOW", "D", "HALVES", "JOINT", "J"],
     prune=_fits,

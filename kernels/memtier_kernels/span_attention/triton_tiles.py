@@ -31,6 +31,11 @@ def architecture() -> int:
     return driver.active.get_current_target().arch
 
 
+def weight(given: dict[str, Any]) -> int:
+    """How many registers a row of a tile takes, in bytes: a float32 product keeps each number as three."""
+    return given["D_PAD"] * (2 if given["q"].at.element_size() == 2 else 6)
+
+
 class Source(NamedTuple):
     """A `Band` or a `Paged`: pointers, then sizes and strides in elements.
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -31,6 +31,8 @@ Choose = Callable[[torch.Tensor], int]
 
 PATIENCE, MOST_PATIENCE_SECONDS = 0.5, 0.02
 """How long a round waits for those of the last: a share of what that one took, and no longer than."""
+
+REST_ROUNDS = 8
 
 
 class DecodeBatcher:
@@ -50,6 +52,8 @@ class DecodeBatcher:
         self._arrived = threading.Condition()
         self._last_round: WeakSet[Reader] = WeakSet()
         self._last_seconds = 0.0
+        self._rounds = 0
+        self._read_in: WeakKeyDictionary[Reader, int] = WeakKeyDictionary()
         self.sizes: Counter[int] = Counter()
 
     async def sample(
@@ -81,10 +85,17 @@ class DecodeBatcher:
             began = time.perf_counter()
             self._read(requests)
             self._last_seconds = time.perf_counter() - began
-            for reader in self._last_round - {r.reader for r in requests}:
-                reader.settle()  # or one that rests would keep the states of all
             self._last_round = WeakSet(r.reader for r in requests)
+            self._settle_those_that_rest()
         return request.result()
+
+    def _settle_those_that_rest(self) -> None:
+        """A row keeps the states of its whole batch alive: it is copied out once its session has not come for long."""
+        self._rounds += 1
+        self._read_in.update(dict.fromkeys(self._last_round, self._rounds))
+        for reader in [r for r, number in self._read_in.items() if self._rounds - number >= REST_ROUNDS]:
+            reader.settle()
+            del self._read_in[reader]
 
     def _gather(self, first: _Request) -> list[_Request]:
         """The request whose turn it is and others that wait, the oldest first."""
@@ -113,7 +124,8 @@ class DecodeBatcher:
                 self._read_together(rows)
         for request in requests:
             if not request.served:
-                self.sizes[1] += request.unread is not None
+                if request.unread is not None:
+                    self.sizes[1] += 1
                 request.serve(request.read_alone)
 
     def _read_together(self, rows: Sequence[_Request]) -> None:

@@ -17,7 +17,7 @@ KINDS = {
     "r16": {"span_refresh_tokens": 16, "query_kind": "max", "landmark_kind": "bounds"},
     "r16-mean": {"span_refresh_tokens": 16},
 }
-TOKENS = 120
+TOKENS = 100
 
 
 def each_kind(function):

@@ -22,7 +22,7 @@ CHOICES = {
     "deltanet-layer": {"layer_types": ["gated_deltanet", "bmojo", "sliding_attention"]},
     "deltanet-groups": {"fading": "gated_deltanet", "ssm_groups": 2, "innovation_predictor": "conv"},
 }
-TOKENS = 120
+TOKENS = 100
 
 
 def each_choice(function):

@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from memtier.errors import ConfigError, KernelError
 from memtier_kernels.span_attention.sources import Band, Paged
@@ -197,11 +198,16 @@ class _Draw:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device)
 
 
-def _ssd(d: _Draw, *, B: int, T: int, H: int, G: int, P: int, N: int) -> dict[str, Any]:
-    return {
-        "x": d.normal(B, T, H, P), "dt": d.positive(B, T, H), "A": -d.positive(H).detach(), "B": d.normal(B, T, G, N),
-        "C": d.normal(B, T, G, N), "D": d.normal(H), "state": d.normal(B, H, P, N, dtype=d.wide),
+def _ssd(d: _Draw, *, B: int, T: int, H: int, G: int, P: int, N: int, sequences: int) -> dict[str, Any]:
+    rate = (-d.positive(H).detach()).requires_grad_()
+    arguments: dict[str, Any] = {
+        "x": d.normal(B, T, H, P), "dt": d.positive(B, T, H), "A": rate, "B": d.normal(B, T, G, N),
+        "C": d.normal(B, T, G, N), "D": d.normal(H), "state": d.normal(sequences or B, H, P, N, dtype=d.wide),
     }  # fmt: skip
+    if sequences:
+        cuts = d.integers(0, T + 1, sequences - 1).sort().values
+        arguments["cu_seqlens"] = F.pad(F.pad(cuts, (1, 0)), (0, 1), value=T)
+    return arguments
 
 
 def _causal_conv1d(d: _Draw, *, B: int, T: int, C: int, width: int) -> dict[str, Any]:
@@ -219,10 +225,13 @@ def _landmarks(d: _Draw, *, B: int, n: int, S: int, G: int, D: int) -> dict[str,
     return {"keys": d.normal(B, n, S, G, D)}
 
 
-def _select_blocks(d: _Draw, *, B: int, R: int, n: int, C: int, k: int) -> dict[str, Any]:
-    return {
-        "queries": d.fixed(B, R, C), "landmarks": d.fixed(B, n, C), "visible": d.integers(0, n + 1, R), "k": k,
-    }  # fmt: skip
+def _select_blocks(
+    d: _Draw, *, B: int, R: int, n: int, C: int, k: int, H: int, G: int, m: int
+) -> dict[str, Any]:
+    queries, marks = (B, R, C), (B, n, C)
+    if m:
+        queries, marks = (B, R, H, C), (B, n, m, G, C)
+    return {"queries": d.fixed(*queries), "landmarks": d.fixed(*marks), "visible": d.integers(0, n + 1, R), "k": k}
 
 
 def _innovation(d: _Draw, *, B: int, T: int, E: int) -> dict[str, Any]:
@@ -276,16 +285,19 @@ OPS: dict[str, dict[str, int]] = {
     "innovation": {"B": 2, "T": 33, "E": 24},
     "keep_surprising": {"B": 2, "n": 40, "R": 3, "m": 8},
     "landmarks": {"B": 2, "n": 5, "S": 4, "G": 2, "D": 8},
-    "select_blocks": {"B": 2, "R": 3, "n": 20, "C": 16, "k": 4},
+    # m landmarks a block, by heads of size C; 0 for one landmark of C channels
+    "select_blocks": {"B": 2, "R": 3, "n": 20, "C": 16, "k": 4, "H": 4, "G": 2, "m": 0},
     "span_attention": {
         "B": 2, "T": 33, "H": 4, "G": 2, "D": 16, "W": 16, "S": 4, "K": 3, "blocks": 10, "M": 5, "r": 4, "sinks": 2,
     },
-    "ssd": {"B": 2, "T": 33, "H": 4, "G": 2, "P": 8, "N": 6},
+    # `sequences` packed in a batch of 1, some of them maybe empty; 0 for a batch of whole ones
+    "ssd": {"B": 2, "T": 33, "H": 4, "G": 2, "P": 8, "N": 6, "sequences": 0},
 }  # fmt: skip
 
 _SPAN_ATTENTION = {
     "B": 1, "H": 32, "G": 8, "D": 128, "W": 256, "S": 64, "K": 8, "blocks": 32, "M": 64, "r": 64, "sinks": 4,
 }  # fmt: skip
+_SSD = {"B": 1, "H": 16, "G": 1, "P": 64, "N": 128}
 
 # sizes met in practice, where tiles are as large as they get: the calls that `compile_report` compiles
 REPORT_SIZES: dict[str, list[dict[str, int]]] = {
@@ -296,8 +308,13 @@ REPORT_SIZES: dict[str, list[dict[str, int]]] = {
     "innovation": [{"B": 2, "T": 512, "E": 2048}],
     "keep_surprising": [{"B": 2, "n": 512, "m": 64}],
     "landmarks": [{"B": 1, "n": 16, "S": 64, "G": 8, "D": 128}],
-    "select_blocks": [{"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8}],
+    # many rows, one row, and late interaction
+    "select_blocks": [
+        {"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8}, {"B": 1, "R": 1, "n": 4096, "C": 1024, "k": 64},
+        {"B": 1, "R": 32, "n": 4096, "C": 128, "k": 8, "H": 32, "G": 8, "m": 4},
+    ],
     # prefill, and decoding
     "span_attention": [{**_SPAN_ATTENTION, "T": 512}, {**_SPAN_ATTENTION, "T": 1}],
-    "ssd": [{"B": 1, "T": 512, "H": 16, "G": 1, "P": 64, "N": 128}],
+    # a sequence, packed sequences, and one token
+    "ssd": [{**_SSD, "T": 512}, {**_SSD, "T": 512, "sequences": 4}, {**_SSD, "T": 1}],
 }

@@ -69,9 +69,12 @@ def report(op: str, arch: int, dtype: torch.dtype, calls: list[dict[str, Any]]) 
 
 
 def _call(op: str, arguments: dict[str, Any], note: Callable[..., None]) -> None:
-    """The op forward and backward, its launches noted."""
+    """The op without gradients, then forward and backward, its launches noted."""
+    door = getattr(memtier_kernels, op)
     with recording(note):
-        outputs = tensors(getattr(memtier_kernels, op)(**arguments, impl="triton"))
+        with torch.no_grad():
+            door(**arguments, impl="triton")
+        outputs = tensors(door(**arguments, impl="triton"))
         smooth = [t for t in outputs if t.requires_grad]
         if smooth:
             torch.autograd.grad(smooth, leaves(arguments), [torch.zeros_like(t) for t in smooth], allow_unused=True)

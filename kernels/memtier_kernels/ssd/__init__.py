@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from memtier.errors import ConfigError
 from memtier_kernels.dispatch import Impl, choose
-from memtier_kernels.ssd import reference
+from memtier_kernels.ssd import custom_op, reference
 
 __all__ = ["ssd"]
 
@@ -19,6 +20,7 @@ def ssd(
     *,
     D: torch.Tensor | None = None,
     state: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
     chunk_tokens: int = 64,
     impl: Impl = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -31,10 +33,27 @@ def ssd(
         B, C: (B, T, groups, N); groups divides H.
         D: (H,) skip, or None.
         state: (B, H, P, N), float32 (float64 for float64 inputs); None for zeros.
-        chunk_tokens: tokens a chunk; the result does not depend on it beyond rounding.
+        cu_seqlens: (n + 1,) int32 or int64, for n sequences packed one after another: B is 1, and sequence s has the
+            tokens cu_seqlens[s] .. cu_seqlens[s + 1] - 1, maybe none; the first entry is 0 and the last is T. Then
+            states are (n, H, P, N), one a sequence, and total log decays (n, H).
+        chunk_tokens: tokens a chunk, at most (the kernel chooses its own); the result does not depend on it beyond
+            rounding.
 
     Returns:
         y (B, T, H, P) in x's dtype; the state after the last token, (B, H, P, N) in float32 (float64 for float64
         inputs); the total log decay ``sum_t dt_t A``, (B, H), same dtype as the state.
+
+    Raises:
+        ConfigError: packed sequences in a batch of more than one.
     """
-    return choose("ssd", impl, x, reference=reference.ssd)(x, dt, A, B, C, D, state, chunk_tokens)
+    if cu_seqlens is not None and x.shape[0] != 1:
+        raise ConfigError(
+            f"cu_seqlens was given with a batch of {x.shape[0]}; packed sequences lie one after another in a batch of "
+            "1. Reshape x, dt, B and C, or leave cu_seqlens out."
+        )
+    head, size = x.shape[3], B.shape[3]
+    limit = None
+    if head > 128 or size > 256:
+        limit = f"its kernel takes heads of up to 128 and states of up to 256, and got {head} and {size}"
+    run = choose("ssd", impl, x, reference=reference.ssd, triton=custom_op.ssd, limit=limit)
+    return run(x, dt, A, B, C, D, state, cu_seqlens, chunk_tokens)

@@ -1,10 +1,12 @@
-"""Plain torch: chunks as batched matrix products, chunk states passed on by one small matrix a head.
+"""Plain torch: chunks as batched matrix products, the state passed on from chunk to chunk.
 
-Log decays, their sums and the states are float32 (or float64) whatever the inputs are, also under autocast: sums of
-decays in 16 bits lose the far end of the memory. Letters: c chunks, Q tokens a chunk, J heads a group.
+Log decays, their sums and the states are float32 (or float64) whatever the inputs are; matrix products have x's dtype,
+also under autocast. Letters: c chunks, Q tokens a chunk, G groups, J heads a group.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,11 @@ import torch.nn.functional as F
 from memtier_kernels.dispatch import compute_dtype
 
 __all__ = ["ssd", "ssd_recurrent"]
+
+# longer chunks do not pay on a CPU: their work grows with the length
+_LARGEST_CHUNK = 64
+# exp of less is as good as 0, and on a CPU the numbers near the smallest are many times slower than others
+_SMALLEST_LOG = -80.0
 
 
 def ssd_recurrent(
@@ -48,60 +55,137 @@ def ssd(
     C: torch.Tensor,
     D: torch.Tensor | None,
     state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `memtier_kernels.ssd`."""
+    if cu_seqlens is not None:
+        return _packed(x, dt, A, B, C, D, state, cu_seqlens, chunk_tokens)
     batch, tokens, heads, head = x.shape
     if tokens == 1:
         return ssd_recurrent(x, dt, A, B, C, D, state)
-    full = compute_dtype(x.dtype)
-    groups, size = B.shape[2], B.shape[3]
-    J, Q = heads // groups, min(chunk_tokens, tokens)
+    Q = _chunk(chunk_tokens, tokens)
+    c = max(1, -(-tokens // Q))
     # a padded token has dt = 0: it neither decays the state nor adds to it
-    pad = -tokens % Q
-    a = dt.to(full) * A.to(full)
-    X = x * dt.to(x.dtype)[..., None]
-    if pad:
-        a, X = F.pad(a, (0, 0, 0, pad)), F.pad(X, (0, 0, 0, 0, 0, pad))
-        B, C = F.pad(B, (0, 0, 0, 0, 0, pad)), F.pad(C, (0, 0, 0, 0, 0, pad))
-    c = (tokens + pad) // Q
-    X_cgJQP = X.reshape(batch, c, Q, groups, J, head).permute(0, 1, 3, 4, 2, 5)
-    B_cgQN = B.reshape(batch, c, Q, groups, size).transpose(2, 3)
-    C_cgQN = C.reshape(batch, c, Q, groups, size).transpose(2, 3)
-    cum_cgJQ = a.reshape(batch, c, Q, groups, J).permute(0, 1, 3, 4, 2).cumsum(-1)
-    total_cgJ = cum_cgJQ[..., -1]
+    padded = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, c * Q - tokens)) if c * Q > tokens else t for t in (x, dt, B, C)]
+    x_cQ, dt_cQ, B_cQ, C_cQ = (t.reshape(batch, c, Q, *t.shape[2:]) for t in padded)
+    full = compute_dtype(x.dtype)
+    first = x.new_zeros(batch, heads, head, B.shape[3], dtype=full) if state is None else state.to(full)
+    Y, last, totals = _chunks(x_cQ, dt_cQ, B_cQ, C_cQ, A, first, None)
+    return _skip(Y.reshape(batch, c * Q, heads, head)[:, :tokens], x, D), last, totals.sum(1)
 
-    # diagonal blocks: what a token gets from its own chunk; the log decay is masked before exp, so nothing overflows
-    above = torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1)
-    decay = (cum_cgJQ[..., :, None] - cum_cgJQ[..., None, :]).masked_fill(above, float("-inf")).exp()
-    weight = (C_cgQN @ B_cgQN.transpose(-1, -2))[:, :, :, None] * decay.to(X.dtype)
-    Y = weight.to(X.dtype) @ X_cgJQP
 
-    # what each chunk adds to the state
-    to_end = (total_cgJ[..., None] - cum_cgJQ).exp().to(X.dtype)
-    added = (X_cgJQP * to_end[..., None]).transpose(-1, -2) @ B_cgQN[:, :, :, None].to(X.dtype)
-    added = added.to(full)
+@dataclass(frozen=True)
+class _Packing:
+    """For packed sequences: each chunk's sequence (n for a chunk left over), and whether it is its sequence's first."""
 
-    # states at the chunk boundaries: one (c + 1, c + 1) lower-triangular decay matrix a head
-    if state is None:
-        first = added.new_zeros(batch, 1, groups, J, head, size)
-    else:
-        first = state.to(full).reshape(batch, 1, groups, J, head, size)
-    # sums from chunk to chunk are taken one by one: differences of one long sum would lose a slow stretch after a
-    # fast one
-    steps = F.pad(total_cgJ.permute(0, 2, 3, 1), (1, 0))
-    later = torch.ones(c + 1, c + 1, dtype=torch.bool, device=x.device).tril(-1)
-    between = steps[..., :, None].masked_fill(~later, 0.0).cumsum(-2).exp().tril()
+    sequence: torch.Tensor
+    begins: torch.Tensor
+
+
+def _packed(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    chunk_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequences one after another, each cut into chunks of its own; no shape depends on where they begin."""
+    _, tokens, heads, head = x.shape
+    cu = cu_seqlens.to(torch.int64)
+    n = cu.shape[0] - 1
+    Q = _chunk(chunk_tokens, tokens)
+    # a sequence has one chunk at least, and at most one more than whole ones
+    c = tokens // Q + n
+    counts = ((cu.diff() + Q - 1) // Q).clamp(min=1)
+    ends = counts.cumsum(0)
+    chunk = torch.arange(c, device=x.device)
+    sequence = torch.searchsorted(ends, chunk, right=True)
+    # one row more, for the chunks left over
+    begin, end = F.pad((ends - counts), (0, 1)), F.pad(cu[1:], (0, 1))
+    start = F.pad(cu[:-1], (0, 1))[sequence] + (chunk - begin[sequence]) * Q
+    token = start[:, None] + torch.arange(Q, device=x.device)
+    # past the end of a sequence a row of zeros is read
+    token = torch.where(token < end[sequence][:, None], token, tokens)
+    x_cQ, dt_cQ, B_cQ, C_cQ = (F.pad(t[0], (0, 0) * (t.ndim - 2) + (0, 1))[token][None] for t in (x, dt, B, C))
+    full = compute_dtype(x.dtype)
+    first = x.new_zeros(n, heads, head, B.shape[3], dtype=full) if state is None else state.to(full)
+    Y, last, totals = _chunks(x_cQ, dt_cQ, B_cQ, C_cQ, A, first, _Packing(sequence, chunk == begin[sequence]))
+    # where each token went
+    place = Y.new_zeros(tokens + 1, dtype=torch.int64).scatter(0, token.flatten(), torch.arange(c * Q, device=x.device))
+    y = Y.reshape(c * Q, heads, head)[place[:tokens]][None]
+    log_decay = totals.new_zeros(n + 1, heads).index_add(0, sequence, totals[0])
+    return _skip(y, x, D), last, log_decay[:n]
+
+
+def _chunk(chunk_tokens: int, tokens: int) -> int:
+    return max(1, min(chunk_tokens, _LARGEST_CHUNK, tokens))
+
+
+def _skip(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None) -> torch.Tensor:
+    y = y.to(x.dtype)
+    return y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None])
+
+
+def _chunks(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    A: torch.Tensor,
+    first: torch.Tensor,
+    packing: _Packing | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The scan of inputs cut into chunks, (b, c, Q, ...), from the states `first` (sequences, H, P, N).
+
+    Returns:
+        y without the skip (b, c, Q, H, P); the last states; the sum of log decays of each chunk (b, c, H).
+    """
+    b, c, Q, H, P = x.shape
+    G, N = B.shape[3:]
+    J, full = H // G, first.dtype
     with torch.autocast(x.device.type, enabled=False):
-        states = torch.einsum("bgjzc,bcgjpn->bzgjpn", between, torch.cat([first, added], dim=1))
-    before, last = states[:, :-1], states[:, -1]
+        dt = dt.to(full)
+        # Summed in float64 and kept as two numbers: a slow stretch after a fast one lives in the difference of two
+        # large sums.
+        exact = (dt.double() * A.double()).cumsum(2)
+        sums = exact.to(full)
+        rest = (exact.detach() - sums.detach().double()).to(full)
 
-    # off-diagonal: what a token gets from all chunks before its own
-    off = C_cgQN[:, :, :, None].to(X.dtype) @ before.to(X.dtype).transpose(-1, -2)
-    Y = Y + off * cum_cgJQ.exp().to(X.dtype)[..., None]
+        # within a chunk: the log decay is masked before exp, so nothing overflows
+        sums_bcHQ, rest_bcHQ = sums.transpose(2, 3).contiguous(), rest.transpose(2, 3).contiguous()
+        decay = sums_bcHQ[..., :, None] - sums_bcHQ[..., None, :]
+        decay.add_(rest_bcHQ[..., :, None]).sub_(rest_bcHQ[..., None, :])
+        decay.masked_fill_(torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
+        decay = torch.threshold_(decay, _SMALLEST_LOG, float("-inf")).exp_().view(b, c, G, J, Q, Q)
+        B_cGQN, C_cGQN = B.to(x.dtype).transpose(2, 3), C.to(x.dtype).transpose(2, 3)
+        weight = decay * (C_cGQN @ B_cGQN.transpose(-1, -2))[:, :, :, None]
+        weight = weight * dt.transpose(2, 3).reshape(b, c, G, J, 1, Q)
+        Y = (weight.to(x.dtype).view(b, c, H, Q, Q) @ x.transpose(2, 3)).transpose(2, 3)
 
-    y = Y.permute(0, 1, 4, 2, 3, 5).reshape(batch, c * Q, heads, head)[:, :tokens].to(x.dtype)
-    if D is not None:
-        y = y + D.to(x.dtype)[:, None] * x
-    # the last state must not keep the states of all chunks alive
-    return y, last.reshape(batch, heads, head, size).clone(), a.sum(1)
+        # from chunk to chunk
+        to_end = ((sums[:, :, -1:] - sums) + (rest[:, :, -1:] - rest)).exp() * dt
+        x_cGQJP = (x * to_end.to(x.dtype)[..., None]).reshape(b, c, Q, G, J * P).transpose(2, 3)
+        whole = sums[:, :, -1].exp()[..., None, None]
+        S = first
+        ends = None if packing is None else first.new_zeros(first.shape[0] + 1, *first.shape[1:])
+        if packing is not None:
+            first = F.pad(first, (0, 0, 0, 0, 0, 0, 0, 1))
+            S = first[:1]
+        far = []
+        for k in range(c):
+            if packing is not None:
+                taken = first.index_select(0, packing.sequence[k : k + 1])
+                S = torch.where(packing.begins[k], taken, S)
+            S_GRN = S.reshape(b, G, J * P, N)
+            far.append((C_cGQN[:, k] @ S_GRN.to(x.dtype).transpose(-1, -2)).transpose(1, 2).reshape(b, Q, H, P))
+            added = x_cGQJP[:, k].transpose(-1, -2) @ B_cGQN[:, k]
+            S = torch.addcmul(added.to(full).view(b, H, P, N), whole[:, k], S)
+            if packing is not None and ends is not None:
+                ends = ends.index_copy(0, packing.sequence[k : k + 1], S)
+        Y = torch.addcmul(Y, torch.stack(far, 1), sums.exp().to(x.dtype)[..., None])
+    return Y, S if ends is None else ends[:-1], exact[:, :, -1].to(full)

@@ -225,9 +225,7 @@ def _landmarks(d: _Draw, *, B: int, n: int, S: int, G: int, D: int) -> dict[str,
     return {"keys": d.normal(B, n, S, G, D)}
 
 
-def _select_blocks(
-    d: _Draw, *, B: int, R: int, n: int, C: int, k: int, H: int, G: int, m: int
-) -> dict[str, Any]:
+def _select_blocks(d: _Draw, *, B: int, R: int, n: int, C: int, k: int, H: int, G: int, m: int) -> dict[str, Any]:
     queries, marks = (B, R, C), (B, n, C)
     if m:
         queries, marks = (B, R, H, C), (B, n, m, G, C)
@@ -299,7 +297,8 @@ _SPAN_ATTENTION = {
 }  # fmt: skip
 _SSD = {"B": 1, "H": 16, "G": 1, "P": 64, "N": 128}
 
-# sizes met in practice, where tiles are as large as they get: the calls that `compile_report` compiles
+# sizes met in practice, where tiles are as large as they get: the calls that `compile_report` compiles, the first of
+# them forward and backward
 REPORT_SIZES: dict[str, list[dict[str, int]]] = {
     # a sequence, and one token
     "causal_conv1d": [{"B": 2, "T": 512, "C": 1024}, {"B": 8, "T": 1, "C": 1024}],
@@ -310,7 +309,8 @@ REPORT_SIZES: dict[str, list[dict[str, int]]] = {
     "landmarks": [{"B": 1, "n": 16, "S": 64, "G": 8, "D": 128}],
     # many rows, one row, and late interaction
     "select_blocks": [
-        {"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8}, {"B": 1, "R": 1, "n": 4096, "C": 1024, "k": 64},
+        {"B": 1, "R": 32, "n": 4096, "C": 1024, "k": 8},
+        {"B": 1, "R": 1, "n": 4096, "C": 1024, "k": 64},
         {"B": 1, "R": 32, "n": 4096, "C": 128, "k": 8, "H": 32, "G": 8, "m": 4},
     ],
     # prefill, and decoding

@@ -241,6 +241,8 @@ def _pool_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
         return False
     if 0 < given["group_rows"] < 64 or (heavy and given["HALVES"]):
         return tile == 16
+    if given["BLOCK_N"] == 16 and not heavy:
+        return tile == 32
     return tile > 16 and (weight(given) <= 256 or warps == 8)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from memtier_kernels.dispatch import Impl, choose
-from memtier_kernels.landmarks import reference
+from memtier_kernels.landmarks import custom_op, reference
 from memtier_kernels.landmarks.reference import late_interaction
 
 __all__ = ["landmarks", "late_interaction", "select_blocks"]
+
+# the kernel keeps the best of every row in registers
+_MOST_BLOCKS = 64
 
 
 def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
@@ -20,7 +23,7 @@ def landmarks(keys: torch.Tensor, *, impl: Impl = "auto") -> torch.Tensor:
     Returns:
         (B, n, G * D) float32 (float64 stays float64).
     """
-    return choose("landmarks", impl, keys, reference=reference.landmarks)(keys)
+    return choose("landmarks", impl, keys, reference=reference.landmarks, triton=custom_op.landmarks)(keys)
 
 
 def select_blocks(
@@ -38,6 +41,11 @@ def select_blocks(
         k: blocks a query, at least 1.
 
     Returns:
-        ids (B, R, k) int64, ascending, -1 at the end where fewer are visible; scores (B, R, k), -inf there.
+        ids (B, R, k) int64, ascending, -1 at the end where fewer are visible; scores (B, R, k) float32 (float64
+        stays float64), -inf there. No gradient flows through the choice.
     """
-    return choose("select_blocks", impl, queries, reference=reference.select_blocks)(queries, landmarks, visible, k)
+    run = choose(
+        "select_blocks", impl, queries, reference=reference.select_blocks, triton=custom_op.select_blocks,
+        limit=f"k {k} is over {_MOST_BLOCKS}" if k > _MOST_BLOCKS else None,
+    )  # fmt: skip
+    return run(queries.detach(), landmarks.detach(), visible, k)

@@ -22,6 +22,8 @@ def select_blocks(
     queries: torch.Tensor, landmarks: torch.Tensor, visible: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `memtier_kernels.select_blocks`."""
+    full = compute_dtype(queries.dtype)
+    queries, landmarks = queries.to(full), landmarks.to(full)
     if queries.dim() == 4:
         return best_blocks(late_interaction(queries, landmarks), visible, k)
     return best_blocks(queries @ landmarks.transpose(1, 2), visible, k)

@@ -191,8 +191,8 @@ def test_span_controls_find_what_they_should():
     hits = {rule: ask(model, task, 16, span_rule=rule).block_hit for rule in ("on", "oracle", "recent", "random")}
     assert hits["oracle"] == 1.0
     assert hits["recent"] == 0.0
-    # 2 of 29 to 100 blocks
-    assert 0.01 < hits["random"] < 0.15
+    # 4 of 29 to 100 blocks
+    assert 0.02 < hits["random"] < 0.2
 
 
 def test_asking_reads_in_steps_what_training_reads_at_once():

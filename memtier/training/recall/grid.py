@@ -44,7 +44,7 @@ class Cell:
     width: int = 32
     heads: int = 1
     learning_rate: float = 6e-3
-    steps: int = 800
+    steps: int = 500
     batch_tokens: int = 2048
     long_tokens: int = 0
     seed: int = 0

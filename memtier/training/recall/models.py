@@ -47,7 +47,7 @@ class ModelSize:
     heads: int = 1
     window_tokens: int = 8
     block_tokens: int = 4
-    span_blocks: int = 2
+    span_blocks: int = 4
     state_size: int = 16
 
 
@@ -116,4 +116,6 @@ def _fields(size: ModelSize, vocabulary: int) -> dict[str, Any]:
         "span_refresh_tokens": size.block_tokens, "span_blocks": size.span_blocks, "memory_layers": [],
         "storage_dtype": "float32", "kv_conv_size": 4, "ssm_expand": 1, "ssm_head_dim": size.width // 2,
         "ssm_state_size": size.state_size, "ssm_chunk_size": 32,
+        # 0.1 at width 32: at the usual 0.02 such models stand still for hundreds of steps, and some seeds never start
+        "initializer_range": (0.32 / size.width) ** 0.5,
     }  # fmt: skip

@@ -43,12 +43,12 @@ class Recipe:
         eval_rows: sequences of an evaluation.
     """
 
-    steps: int = 800
+    steps: int = 500
     batch_tokens: int = 2048
     learning_rate: float = 6e-3
     short_share: float = 0.75
     short_gap: int = 16
-    slots_share: float = 0.6
+    slots_share: float = 0.4
     dense_until: float = 0.85
     warmup_share: float = 0.1
     weight_decay: float = 0.01

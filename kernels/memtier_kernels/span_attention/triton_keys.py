@@ -243,7 +243,7 @@ def _pool_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
         return tile == 16
     if given["BLOCK_N"] == 16 and not heavy:
         return tile == 32
-    return tile > 16 and (weight(given) <= 256 or warps == 8)
+    return tile > 16 and (warps == 8 or (weight(given) <= 256 and not given["HALVES"]))
 
 
 paged_gradients = tuned(

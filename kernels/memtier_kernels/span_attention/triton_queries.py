@@ -199,6 +199,8 @@ def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     # a tile larger than a group of queries multiplies keys that most of its rows do not see
     if 0 < given["group_rows"] < 64:
         return (tile, warps) == (32, 4)
+    if given["HALVES"] and architecture() < 90:
+        return tile == 32
     return tile == 64 or (tile == 128 and architecture() >= 90)
 
 

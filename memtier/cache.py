@@ -17,7 +17,7 @@ from memtier.errors import IncompatibleMemoryError, ModelError
 from memtier.layers.bmojo import SOURCES, BMojoMixer, MixerState
 from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
-from memtier.layers.plan import StepPlan, make_plan, window_start
+from memtier.layers.plan import StepPlan, make_plan, next_boundary, window_start
 from memtier.layers.records import flatten, map_tensors, unflatten
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class TieredCache(Cache):
     def chooses_next(self) -> bool:
         """True if the next token brings more than itself: a boundary or a mark, a sink, or a span of another size."""
         settings, at = self.settings, self.position
-        if at % settings.span_refresh_tokens == 0 or at in self.marks or at < settings.sink_tokens:
+        if at == next_boundary(settings, self.boundary) or at in self.marks or at < settings.sink_tokens:
             return True
         spans = (self._held[0][layer] for layer in settings.memory_layers)
         return any(

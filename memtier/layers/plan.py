@@ -13,7 +13,7 @@ import torch
 
 from memtier.blocks import MemorySettings
 
-__all__ = ["StepPlan", "make_decode_plan", "make_plan", "window_start"]
+__all__ = ["StepPlan", "make_decode_plan", "make_plan", "next_boundary", "window_start"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ def window_start(settings: MemorySettings, boundary: int) -> int:
     return block * (max(0, boundary - settings.window_tokens + 1) // block)
 
 
+def next_boundary(settings: MemorySettings, boundary: int) -> int:
+    """The boundary that follows one, if no mark comes before it."""
+    return 0 if boundary < 0 else boundary + settings.span_refresh_tokens
+
+
 def make_plan(
     settings: MemorySettings, start: int, tokens: int, marks: Collection[int], boundary: int, device: torch.device
 ) -> StepPlan:
@@ -73,11 +78,15 @@ def make_plan(
         marks: positions of retrieval marks; those outside the step are ignored.
         boundary: the last boundary before `start`; -1 at the start of a session.
     """
-    stride = settings.span_refresh_tokens
-    inside = set(range(start + -start % stride, start + tokens, stride))
-    inside.update(p for p in marks if start <= p < start + tokens)
-    carried = start not in inside
-    boundaries = ([boundary] if carried else []) + sorted(inside)
+    inside, end = [], start + tokens
+    following = next_boundary(settings, boundary)
+    for mark in [*sorted(p for p in set(marks) if start <= p < end), end]:
+        # what was chosen at a mark serves r tokens like any other choice: the boundaries that follow count from it
+        inside += range(following, mark, settings.span_refresh_tokens)
+        inside += [mark] if mark < end else []
+        following = mark + settings.span_refresh_tokens
+    carried = not inside or inside[0] != start
+    boundaries = ([boundary] if carried else []) + inside
     block = settings.span_block_tokens
     if settings.widened:
         lo = [window_start(settings, b) for b in boundaries]

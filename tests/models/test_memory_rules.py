@@ -162,3 +162,15 @@ def test_a_mark_refreshes_the_span_at_its_token():
         changed.append(float(difference[mark]) > 0)
     # a new query may choose the blocks that were there already, but not every time
     assert any(changed)
+
+
+def test_what_is_chosen_at_a_mark_serves_as_many_tokens_as_any_other_choice():
+    settings, device = tiny_config(span_refresh_tokens=4).memory_settings(), torch.device("cpu")
+    whole = make_plan(settings, 0, 20, {6, 7, 13}, -1, device).boundaries
+    assert whole == (0, 4, 6, 7, 11, 13, 17)
+    boundary, seen = -1, []
+    for start in range(20):
+        plan = make_plan(settings, start, 1, {6, 7, 13}, boundary, device)
+        boundary = plan.boundaries[-1]
+        seen += [] if plan.carried else [boundary]
+    assert tuple(seen) == whole

@@ -62,6 +62,7 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "span_block_tokens": 32,
         "span_refresh_tokens": 16,
         "span_blocks": 8,
+        "landmark_keys": 4,
         "far_positions": "none",
         "rope_theta": None,
         "kv_conv_size": 4,

@@ -176,15 +176,23 @@ def show_kernels(report: dict[str, Any]) -> None:
 
 def show_recall_bench(report: dict[str, Any]) -> None:
     """What each model of the recall grid can do."""
-    names = ("task", "fillers", "variant", "rule", "eidetic_tokens", "memory_bytes", "seeds", "accuracy")
-    more = ("lowest", "highest", "block_hit", "long_accuracy", "seconds")
-    rows = [tuple(str(row[name]) for name in (*names, *more)) for row in report["summary"]]
+    rows = [
+        (
+            f"{row['variant']} {row['rule'] if row['rule'] != 'innovation' else ''}".strip(),
+            row["eidetic_tokens"] if row["variant"].startswith("bmojo") and row["variant"] != "bmojo_f" else "",
+            f"{row['task']} {row['fillers'] if row['fillers'] != 'zero' else ''}".strip(),
+            size(int(row["memory_bytes"])),
+            row["seeds"],
+            row["accuracy"],
+            row["lowest"],
+            row["highest"],
+            row["block_hit"],
+            row["long_accuracy"],
+        )
+        for row in report["summary"]
+    ]
     title = f"{report['cells'] - report['waiting']} of {report['cells']} runs; written to {report['written_to'][0]}"
-    columns = (
-        "task", "fillers", "model", "rule", "M", "bytes", "seeds", "accuracy", "lowest", "highest", "block hit",
-        "accuracy, long", "seconds",
-    )  # fmt: skip
-    _print(title, columns, rows)
+    _print(title, ("model", "M", "task", "memory", "seeds", "accuracy", "low", "high", "hit", "long"), rows)
 
 
 def _state_line(layer: Any) -> str:

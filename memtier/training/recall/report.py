@@ -94,11 +94,7 @@ def find_matplotlib() -> None:
 def _draw_models(rows: Sequence[Row], path: Path) -> Path:
     pyplot: Any = import_module("matplotlib.pyplot")
     figure, axis = pyplot.subplots(figsize=(7.0, 0.35 * len(rows) + 1.2))
-    names = [
-        f"{row['variant']} {'' if row['rule'] == 'innovation' else row['rule'] + ' '}"
-        f"({int(row['memory_bytes']) / 1000:.0f} kB, M {row['eidetic_tokens']})"
-        for row in rows
-    ]
+    names = [_name(row) for row in rows]
     means = [float(row["accuracy"]) for row in rows]
     axis.barh(range(len(rows)), means, xerr=_spread(rows), color="tab:blue", ecolor="black", capsize=2)
     axis.set_yticks(range(len(rows)), names)
@@ -109,6 +105,12 @@ def _draw_models(rows: Sequence[Row], path: Path) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _name(row: Row) -> str:
+    rule = "" if row["rule"] == "innovation" else f", {row['rule']}"
+    slots = f", M {row['eidetic_tokens']}{rule}" if row["variant"] in ("bmojo", "bmojo_span") else ""
+    return f"{row['variant']} ({int(row['memory_bytes']) / 1000:.0f} kB{slots})"
 
 
 def _draw_slots(rows: Sequence[Row], path: Path) -> Path:

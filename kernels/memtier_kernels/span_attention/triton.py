@@ -162,7 +162,8 @@ def paged_backward(
         group_bounds = torch.full((table_rows + 1,), tokens, device=lse.device)
         group_bounds[0] = 0
     halved = _halved(size, source.cos is not None)
-    tile = block_tile(block, weight({**halved, "q": queries}), bool(halved["HALVES"]))
+    single = queries.at.element_size() == 4
+    tile = block_tile(block, weight({**halved, "q": queries}), bool(halved["HALVES"]), single)
     tiles = blocks * triton.cdiv(block, tile)
     # few blocks that many queries see (sinks) are shared among programs, each with sums of its own
     parts = min(8 * _processors(lse.device) // (tiles * batch * kv_heads) + 1, triton.cdiv(tokens * repeat, 256))

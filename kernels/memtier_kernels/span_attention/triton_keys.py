@@ -223,7 +223,7 @@ def _band_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
 
 band_gradients = tuned(
     [
-        config(warps=4, stages=2, BLOCK_M=32, BLOCK_N=64),
+        config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=64),
         config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=128),
         config(warps=8, stages=2, BLOCK_M=32, BLOCK_N=32),
         config(warps=8, stages=1, BLOCK_M=16, BLOCK_N=16),
@@ -259,7 +259,7 @@ paged_gradients = tuned(
 )(of_pool)
 
 
-def block_tile(block: int, row: int, halves: bool) -> int:
-    """How many tokens of a block of a pool one program takes."""
-    largest = (64 if row <= 256 else 32 if row <= 512 else 16) // (2 if halves else 1)
+def block_tile(block: int, row: int, halves: bool, single: bool) -> int:
+    """How many tokens of a block of a pool one program takes; `single`: they are float32."""
+    largest = (64 if row <= 256 else 16 if single else 32) // (2 if halves else 1)
     return max(16, min(largest, triton.next_power_of_2(block)))

@@ -71,7 +71,7 @@ def test_strong_and_mixed_decays_keep_their_precision(device, decay, impl):
     arguments["A"] = torch.tensor([-1.0, -0.7], device=device).requires_grad_()
     errors = compare("ssd", arguments, impl=impl)
     if impl == "reference":
-        # autograd adds up what a decay gains and loses by all pairs of tokens; the kernel sums over the pairs it divides
+        # autograd adds what a decay gains by some pairs and loses by others; the kernel sums over the pairs it divides
         assert errors.pop("grad.A") < 1e-4
     within(errors)
 
@@ -173,6 +173,18 @@ def test_the_operator_is_what_it_says(device, sequences):
     torch.library.opcheck(torch.ops.memtier.ssd, tuple(a.get(name) for name in names), test_utils=checks)
     step = {name: value.detach() for name, value in make_inputs("ssd", device=device, **{**SMALL, "T": 1}).items()}
     torch.library.opcheck(torch.ops.memtier.ssd_step, tuple(step[name] for name in names[:-1]), test_utils=checks[:2])
+
+
+def test_a_loss_on_one_output_reaches_the_inputs_that_want_it(device):
+    arguments = make_inputs("ssd", seed=12, device=device, **SMALL)
+    arguments = {name: value.detach() for name, value in arguments.items()}
+    arguments["B"].requires_grad_()
+    for output in range(2):
+        grads = []
+        for impl in ("triton", "reference"):
+            out = ssd(**arguments, impl=impl)[output]
+            grads.append(torch.autograd.grad(out.square().sum(), arguments["B"])[0])
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_kernel_cannot_take_is_refused():

@@ -16,7 +16,7 @@ from memtier_kernels.dispatch import compute_dtype
 __all__ = ["ssd", "ssd_recurrent"]
 
 # longer chunks do not pay on a CPU: their work grows with the length
-_LARGEST_CHUNK = 64
+_LARGEST_CHUNK = 32
 # exp of less is as good as 0, and on a CPU the numbers near the smallest are many times slower than others
 _SMALLEST_LOG = -80.0
 
@@ -71,8 +71,8 @@ def ssd(
     x_cQ, dt_cQ, B_cQ, C_cQ = (t.reshape(batch, c, Q, *t.shape[2:]) for t in padded)
     full = compute_dtype(x.dtype)
     first = x.new_zeros(batch, heads, head, B.shape[3], dtype=full) if state is None else state.to(full)
-    Y, last, totals = _chunks(x_cQ, dt_cQ, B_cQ, C_cQ, A, first, None)
-    return _skip(Y.reshape(batch, c * Q, heads, head)[:, :tokens], x, D), last, totals.sum(1)
+    Y, last, totals = _chunks(x_cQ, dt_cQ, A, B_cQ, C_cQ, D, first, None)
+    return Y.reshape(batch, c * Q, heads, head)[:, :tokens], last, totals.sum(1)
 
 
 @dataclass(frozen=True)
@@ -114,36 +114,32 @@ def _packed(
     x_cQ, dt_cQ, B_cQ, C_cQ = (F.pad(t[0], (0, 0) * (t.ndim - 2) + (0, 1))[token][None] for t in (x, dt, B, C))
     full = compute_dtype(x.dtype)
     first = x.new_zeros(n, heads, head, B.shape[3], dtype=full) if state is None else state.to(full)
-    Y, last, totals = _chunks(x_cQ, dt_cQ, B_cQ, C_cQ, A, first, _Packing(sequence, chunk == begin[sequence]))
+    Y, last, totals = _chunks(x_cQ, dt_cQ, A, B_cQ, C_cQ, D, first, _Packing(sequence, chunk == begin[sequence]))
     # where each token went
     place = Y.new_zeros(tokens + 1, dtype=torch.int64).scatter(0, token.flatten(), torch.arange(c * Q, device=x.device))
     y = Y.reshape(c * Q, heads, head)[place[:tokens]][None]
     log_decay = totals.new_zeros(n + 1, heads).index_add(0, sequence, totals[0])
-    return _skip(y, x, D), last, log_decay[:n]
+    return y, last, log_decay[:n]
 
 
 def _chunk(chunk_tokens: int, tokens: int) -> int:
     return max(1, min(chunk_tokens, _LARGEST_CHUNK, tokens))
 
 
-def _skip(y: torch.Tensor, x: torch.Tensor, D: torch.Tensor | None) -> torch.Tensor:
-    y = y.to(x.dtype)
-    return y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None])
-
-
 def _chunks(
     x: torch.Tensor,
     dt: torch.Tensor,
+    A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
-    A: torch.Tensor,
+    D: torch.Tensor | None,
     first: torch.Tensor,
     packing: _Packing | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The scan of inputs cut into chunks, (b, c, Q, ...), from the states `first` (sequences, H, P, N).
 
     Returns:
-        y without the skip (b, c, Q, H, P); the last states; the sum of log decays of each chunk (b, c, H).
+        y (b, c, Q, H, P); the last states; the sum of log decays of each chunk (b, c, H).
     """
     b, c, Q, H, P = x.shape
     G, N = B.shape[3:]
@@ -165,6 +161,8 @@ def _chunks(
         B_cGQN, C_cGQN = B.to(x.dtype).transpose(2, 3), C.to(x.dtype).transpose(2, 3)
         weight = decay * (C_cGQN @ B_cGQN.transpose(-1, -2))[:, :, :, None]
         weight = weight * dt.transpose(2, 3).reshape(b, c, G, J, 1, Q)
+        if D is not None:
+            weight.diagonal(dim1=-2, dim2=-1).add_(D.to(full).view(G, J, 1))
         Y = (weight.to(x.dtype).view(b, c, H, Q, Q) @ x.transpose(2, 3)).transpose(2, 3)
 
         # from chunk to chunk
@@ -177,15 +175,17 @@ def _chunks(
             first = F.pad(first, (0, 0, 0, 0, 0, 0, 0, 1))
             S = first[:1]
         far = []
-        for k in range(c):
+        # unbound, since the gradient of one index of many is as large as the whole
+        steps = zip(x_cGQJP.unbind(1), B_cGQN.unbind(1), C_cGQN.unbind(1), whole.unbind(1), strict=True)
+        for k, (x_GQR, B_GQN, C_GQN, fade) in enumerate(steps):
             if packing is not None:
                 taken = first.index_select(0, packing.sequence[k : k + 1])
                 S = torch.where(packing.begins[k], taken, S)
             S_GRN = S.reshape(b, G, J * P, N)
-            far.append((C_cGQN[:, k] @ S_GRN.to(x.dtype).transpose(-1, -2)).transpose(1, 2).reshape(b, Q, H, P))
-            added = x_cGQJP[:, k].transpose(-1, -2) @ B_cGQN[:, k]
-            S = torch.addcmul(added.to(full).view(b, H, P, N), whole[:, k], S)
+            far.append((C_GQN @ S_GRN.to(x.dtype).transpose(-1, -2)).transpose(1, 2).reshape(b, Q, H, P))
+            added = x_GQR.transpose(-1, -2) @ B_GQN
+            S = (S * fade).add_(added.view(b, H, P, N))
             if packing is not None and ends is not None:
                 ends = ends.index_copy(0, packing.sequence[k : k + 1], S)
-        Y = torch.addcmul(Y, torch.stack(far, 1), sums.exp().to(x.dtype)[..., None])
+        Y = (torch.stack(far, 1) * sums.exp().to(x.dtype)[..., None]).add_(Y)
     return Y, S if ends is None else ends[:-1], exact[:, :, -1].to(full)

@@ -161,12 +161,13 @@ def _weights(
     Q: tl.constexpr, PADDED_P: tl.constexpr, PADDED_N: tl.constexpr, BLOCK_P: tl.constexpr, EXACT: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     splits = tl.cdiv(J, heads_each)
     split = pid % splits
-    g = pid // splits % (H // J)
+    g = (pid // splits % (H // J)).to(tl.int64)
     c = pid // splits // (H // J)
     batch, _, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     i, j = tl.arange(0, Q), tl.arange(0, Q)
     n, p = tl.arange(0, 32), tl.arange(0, BLOCK_P)
     ok = i < count
@@ -224,18 +225,19 @@ def _dx(
     Q: tl.constexpr, PADDED_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     splits = tl.cdiv(J, heads_each)
     split = pid % splits
-    g = pid // splits % (H // J)
+    g = (pid // splits % (H // J)).to(tl.int64)
     pid = pid // splits // (H // J)
     tiles = tl.cdiv(P, BLOCK_P)
     tile = pid % tiles
     c = pid // tiles
     batch, _, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     i, j = tl.arange(0, Q), tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
-    p = tile.to(tl.int32) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     ok, p_ok = i < count, p < P
     token_ok = ok[:, None] & p_ok[None, :]
     rows = start + i
@@ -277,7 +279,7 @@ def _dx(
         into_jP = tl.dot(near_ji.to(dy_iP.dtype), dy_iP, into_jP, input_precision="tf32x3")
 
         x_jP = tl.load(x + batch * x_b + h * x_h + (rows * x_t)[:, None] + p[None, :], mask=token_ok, other=0.0)
-        to = tile * total * H + of_chunk
+        to = tile.to(tl.int64) * total * H + of_chunk
         tl.store(direct + to * Q + j, tl.sum(into_jP * x_jP.to(tl.float32), axis=1))
         dx_jP = into_jP * tl.load(dt + at + j)[:, None]
         if D is not None:
@@ -287,7 +289,7 @@ def _dx(
         tl.store(to, dx_jP.to(dx.dtype.element_ty), mask=token_ok)
 
 
-@tuned([config(warps=4, stages=2), config(warps=8, stages=2)], key=["P", "N", "Q"])
+@tuned([config(warps=4, stages=2), config(warps=8, stages=2)], key=["P", "N", "Q", "TOWARDS_END"])
 @triton.jit(do_not_specialize=["tokens", "each", "total", "heads_each", "splits"])
 def _projections(
     v, states, own, other, weights, dt, high, low, whole, table, out, flow,
@@ -296,16 +298,17 @@ def _projections(
     Q: tl.constexpr, PADDED_P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TOWARDS_END: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     tiles = tl.cdiv(N, BLOCK_N)
     tile = pid % tiles
     split = pid // tiles % splits
-    g = pid // tiles // splits % (H // J)
+    g = (pid // tiles // splits % (H // J)).to(tl.int64)
     c = pid // tiles // splits // (H // J)
     batch, _, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     i, j = tl.arange(0, Q), tl.arange(0, Q)
     p = tl.arange(0, BLOCK_P)
-    n = tile.to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ok, n_ok = i < count, n < N
     row_ok = ok[:, None] & n_ok[None, :]
     rows = start + i
@@ -338,9 +341,11 @@ def _projections(
         else:
             weight_i = tl.exp2(high_i)
         far_iN *= weight_i[:, None]
-        tl.store(flow + ((tile * total + c) * H + h) * Q + i, tl.sum(far_iN * own_iN.to(tl.float32), axis=1))
+        tl.store(
+            flow + ((tile.to(tl.int64) * total + c) * H + h) * Q + i, tl.sum(far_iN * own_iN.to(tl.float32), axis=1)
+        )
         out_iN += far_iN
-    to = out + split * out_s + batch * out_b + g * out_g + (rows * out_t)[:, None] + n[None, :]
+    to = out + split.to(tl.int64) * out_s + batch * out_b + g * out_g + (rows * out_t)[:, None] + n[None, :]
     tl.store(to, out_iN.to(out.dtype.element_ty), mask=row_ok)
 
 
@@ -353,27 +358,29 @@ def _decays_backward(
     entered_tiles, through_tiles,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     blocks = tl.cdiv(H, BLOCK_H)
     c = pid // blocks
     batch, sequence, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     h = pid % blocks * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, Q)
     h_ok = h < H
     ok = h_ok[:, None] & (i < count)[None, :]
     of_chunk = c * H + h
     inside = (of_chunk * Q)[:, None] + i[None, :]
+    per_head = tl.cast(total, tl.int64) * H
 
     # every pair of a source and a sink on both sides of token i decays by it
     passing = tl.load(dlog + sequence * dlog_s + h * dlog_h, mask=h_ok, other=0.0).to(tl.float32)
     for k in range(through_tiles):
-        passing += tl.load(through + k * (total * H) + of_chunk, mask=h_ok, other=0.0)
+        passing += tl.load(through + k * per_head + of_chunk, mask=h_ok, other=0.0)
     to_later = tl.zeros([BLOCK_H, Q], tl.float32)
     for k in range(left_tiles):
-        to_later += tl.load(left + k * (total * H * Q) + inside, mask=ok, other=0.0)
+        to_later += tl.load(left + k * per_head * Q + inside, mask=ok, other=0.0)
     from_earlier = tl.zeros([BLOCK_H, Q], tl.float32)
     for k in range(entered_tiles):
-        from_earlier += tl.load(entered + k * (total * H * Q) + inside - 1, mask=ok & (i > 0)[None, :], other=0.0)
+        from_earlier += tl.load(entered + k * per_head * Q + inside - 1, mask=ok & (i > 0)[None, :], other=0.0)
     d_decay = tl.load(crossing + inside, mask=ok, other=0.0) + passing[:, None]
     d_decay += tl.cumsum(to_later, axis=1, reverse=True) + tl.cumsum(from_earlier, axis=1)
 
@@ -381,7 +388,7 @@ def _decays_backward(
     step = tl.load(dt + inside, mask=ok, other=0.0)
     d_step = rate[:, None] * d_decay
     for k in range(direct_tiles):
-        d_step += tl.load(direct + k * (total * H * Q) + inside, mask=ok, other=0.0)
+        d_step += tl.load(direct + k * per_head * Q + inside, mask=ok, other=0.0)
     to = ddt + batch * ddt_b + ((start + i) * ddt_t)[None, :] + (h * ddt_h)[:, None]
     tl.store(to, d_step.to(ddt.dtype.element_ty), mask=ok)
     tl.store(rates + of_chunk, tl.sum(tl.where(ok, step * d_decay, 0.0), axis=1), mask=h_ok)

@@ -80,14 +80,14 @@ def _table(cu: torch.Tensor, Q: int, total: int) -> torch.Tensor:
 
 @triton.jit
 def locate(table, c, tokens, each, Q: tl.constexpr, PACKED: tl.constexpr):
-    """Row of the batch, sequence, first token, number of tokens, is the first, is the last, of chunk `c`."""
+    """Row of the batch, sequence, first token, number of tokens, is the first, is the last, of chunk `c` (int32)."""
     if PACKED:
-        row = table + c * 5
+        row = table + c.to(tl.int64) * 5
         sequence, start, count = tl.load(row), tl.load(row + 1), tl.load(row + 2)
         return sequence * 0, sequence, start, count, tl.load(row + 3) > 0, tl.load(row + 4) > 0
     else:
-        sequence, local = c // each, c % each
-        start = local * Q
+        local = c % each
+        sequence, start = (c // each).to(tl.int64), local.to(tl.int64) * Q
         return sequence, sequence, start, tl.minimum(tokens - start, Q), local == 0, local == each - 1
 
 
@@ -124,10 +124,12 @@ def _decays(
     dt, A, table, out_dt, out_high, out_low, out_whole, stride_b, stride_t, stride_h, stride_A, tokens, each, H,
     Q: tl.constexpr, BLOCK_H: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    # divisions in 32 bits: those of 64 take many registers; offsets in 64
+    pid = tl.program_id(0)
     blocks = tl.cdiv(H, BLOCK_H)
     c = pid // blocks
     batch, _, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     h = (pid % blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
     i = tl.arange(0, Q)
     head_ok = h < H

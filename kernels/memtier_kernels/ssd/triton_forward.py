@@ -67,16 +67,17 @@ def _outputs(
     Q: tl.constexpr, PADDED_P: tl.constexpr, PADDED_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     EXACT: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     # of one chunk: programs of other heads run next to each other, and find B and C in the cache
     splits = tl.cdiv(J, heads_each)
     split = pid % splits
-    g = pid // splits % (H // J)
+    g = (pid // splits % (H // J)).to(tl.int64)
     pid = pid // splits // (H // J)
     tiles = tl.cdiv(P, BLOCK_P)
-    p = (pid % tiles * BLOCK_P).to(tl.int32) + tl.arange(0, BLOCK_P)
+    p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
     c = pid // tiles
     batch, _, start, count, _, _ = locate(table, c, tokens, each, Q, PACKED)
+    c = c.to(tl.int64)
     i, j = tl.arange(0, Q), tl.arange(0, Q)
     n = tl.arange(0, BLOCK_N)
     ok, p_ok = i < count, p < P

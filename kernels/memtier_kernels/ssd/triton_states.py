@@ -115,20 +115,22 @@ def _fits(one: triton.Config, arguments: dict[str, Any]) -> bool:
 
 
 @tuned(
-    [config(warps=8, stages=2), config(warps=8, stages=3), config(warps=4, stages=3)], key=["P", "N", "Q"], prune=_fits
-)
+    [config(warps=8, stages=2), config(warps=8, stages=3), config(warps=4, stages=3)],
+    key=["P", "N", "Q", "REVERSE"], prune=_fits,
+)  # fmt: skip
 @triton.jit(do_not_specialize=["tokens", "each", "total", "run"])
 def _states(
     x, B, edge, begins, dt, high, low, whole, table, ends, faded, logs, kept, edges, edge_logs, across,
     through, x_b, x_t, x_h, B_b, B_t, B_g, edge_s, edge_h, edge_p, edge_n, tokens, each, total, run, H, J, P, N,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, REVERSE: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_of_head = tl.cdiv(P, BLOCK_P) * tiles_n
-    h = pid % H
-    tile = (pid // H % tiles_of_head).to(tl.int32)
-    walk = pid // H // tiles_of_head
+    h = (pid % H).to(tl.int64)
+    g = (pid % H // J).to(tl.int64)
+    tile = pid // H % tiles_of_head
+    walk = (pid // H // tiles_of_head).to(tl.int64)
     p = tile // tiles_n * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     p_ok, n_ok = p < P, n < N
@@ -145,11 +147,12 @@ def _states(
         S = tl.load(begins + (walk * H + h) * P * N + inside, mask=state_ok, other=0.0)
         if edge_logs is not None:
             log_decay = tl.load(logs + walk * H + h)
-    begin = walk * run
+    begin = pid // H // tiles_of_head * run
     stop = tl.minimum(begin + run, total)
     for k in range(begin, stop):
-        c = tl.cast(begin + stop - 1 - k if REVERSE else k, tl.int64)
+        c = tl.cast(begin + stop - 1 - k if REVERSE else k, tl.int32)
         batch, sequence, start, count, is_first, is_last = locate(table, c, tokens, each, Q, PACKED)
+        c = c.to(tl.int64)
         fresh, done = (is_last, is_first) if REVERSE else (is_first, is_last)
         if edge is not None:
             # no row is loaded but where a sequence begins
@@ -168,7 +171,7 @@ def _states(
             x + batch * x_b + h * x_h + (rows * x_t)[:, None] + p[None, :], mask=ok[:, None] & p_ok[None, :], other=0.0
         )
         B_QN = tl.load(
-            B + batch * B_b + h // J * B_g + (rows * B_t)[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :],
+            B + batch * B_b + g * B_g + (rows * B_t)[:, None] + n[None, :], mask=ok[:, None] & n_ok[None, :],
             other=0.0,
         )  # fmt: skip
         high_Q = tl.load(high + of_chunk * Q + i)
@@ -209,8 +212,8 @@ def _states(
 @triton.jit(do_not_specialize=["runs"])
 def _pass(states, faded, logs, runs, H, size, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
     """What each run adds, (runs, H, size), becomes, in place, the state that each run begins with; so do the logs."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % H
+    pid = tl.program_id(0)
+    h = (pid % H).to(tl.int64)
     inside = pid // H * BLOCK + tl.arange(0, BLOCK)
     first_of_head = pid // H == 0
     carried = tl.zeros([BLOCK], tl.float32)

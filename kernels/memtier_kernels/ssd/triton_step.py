@@ -36,15 +36,15 @@ def step(
 
 
 def _fits(one: triton.Config, arguments: dict[str, Any]) -> bool:
-    # a thread holds 64 numbers of the state at most
-    return one.kwargs["BLOCK_P"] * arguments["BLOCK_N"] <= 64 * 32 * one.num_warps
+    # a thread holds 16 numbers of the state at most
+    return one.kwargs["BLOCK_P"] * arguments["BLOCK_N"] <= 16 * 32 * one.num_warps
 
 
 @tuned(
     [
         config(warps=4, stages=1, BLOCK_P=8),
-        config(warps=2, stages=1, BLOCK_P=16),
-        config(warps=4, stages=1, BLOCK_P=32),
+        config(warps=4, stages=1, BLOCK_P=16),
+        config(warps=8, stages=1, BLOCK_P=32),
     ],
     key=["P", "N", "rows"], prune=_fits,
 )  # fmt: skip
@@ -54,11 +54,12 @@ def _step(
     x_b, x_h, x_p, dt_b, dt_h, A_h, B_b, B_g, B_n, C_b, C_g, C_n, D_h, state_b, state_h, state_p, state_n,
     rows, H, J, P, N, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     tiles = tl.cdiv(P, BLOCK_P)
     tile = pid % tiles
-    h = pid // tiles % H
-    b = pid // tiles // H
+    h = (pid // tiles % H).to(tl.int64)
+    g = (pid // tiles % H // J).to(tl.int64)
+    b = (pid // tiles // H).to(tl.int64)
     p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     p_ok, n_ok = p < P, n < N
@@ -67,8 +68,8 @@ def _step(
     step = tl.load(dt + b * dt_b + h * dt_h).to(tl.float32)
     log = step * tl.load(A + h * A_h).to(tl.float32)
     x_P = tl.load(x + b * x_b + h * x_h + p * x_p, mask=p_ok, other=0.0).to(tl.float32)
-    B_N = tl.load(B + b * B_b + h // J * B_g + n * B_n, mask=n_ok, other=0.0).to(tl.float32)
-    C_N = tl.load(C + b * C_b + h // J * C_g + n * C_n, mask=n_ok, other=0.0).to(tl.float32)
+    B_N = tl.load(B + b * B_b + g * B_g + n * B_n, mask=n_ok, other=0.0).to(tl.float32)
+    C_N = tl.load(C + b * C_b + g * C_g + n * C_n, mask=n_ok, other=0.0).to(tl.float32)
     S = (step * x_P)[:, None] * B_N[None, :]
     if state is not None:
         at = state + b * state_b + h * state_h + p[:, None] * state_p + n[None, :] * state_n

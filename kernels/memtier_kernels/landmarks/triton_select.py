@@ -111,17 +111,19 @@ def _store(scores, ids, best, best_ids, at_R, exists_R, k, SLOTS: tl.constexpr):
 
 def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     """Registers: products of float32 take more, and so does a maximum beside the sum; more warps have more."""
+    warps, columns = candidate.num_warps, candidate.kwargs["BLOCK_N"]
     if given["BLOCK_R"] == 16:
-        return candidate.num_warps == 4
-    if given["WIDE"] or given["LATE"]:
-        return candidate.num_warps == (4 if given["LATE"] else 8) and candidate.kwargs["BLOCK_N"] == 64
-    return True
+        return warps == 4 and columns == 128
+    if given["LATE"]:
+        return warps == 4 and columns == 64
+    return warps == 8 and (columns == 64 or not given["WIDE"])
 
 
 @tuned(
     [
         config(warps=4, stages=3, BLOCK_N=64),
         config(warps=4, stages=3, BLOCK_N=128),
+        config(warps=4, stages=4, BLOCK_N=128),
         config(warps=8, stages=3, BLOCK_N=64),
         config(warps=8, stages=3, BLOCK_N=128),
     ],

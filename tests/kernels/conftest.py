@@ -1,14 +1,10 @@
-"""Kernels run on the GPU where there is one, and else in Triton's interpreter, with fresh buffers full of NaN."""
+"""Kernels run on the GPU where there is one, else in Triton's interpreter (`memtier_kernels.interpreted`), with fresh
+buffers full of NaN."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# before any kernel is imported: a kernel is interpreted or compiled from its definition on
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -195,7 +195,7 @@ def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     if row > 256:
         if given["q"].at.element_size() == 2:
             return (tile, warps) == (32, 8)
-        return tile == 16 and warps == (8 if row > 512 else 4)
+        return (tile, warps) == (16, 8)
     # a tile larger than a group of queries multiplies keys that most of its rows do not see
     if 0 < given["group_rows"] < 64:
         return (tile, warps) == (32, 4)

@@ -140,9 +140,11 @@ def _finish(
 
 
 def _fits(one: triton.Config, arguments: dict[str, Any]) -> bool:
-    small = arguments["EXACT"] or arguments["PADDED_N"] < 64
-    columns = one.kwargs["BLOCK_N"]
-    return small == (columns == 32) and columns <= arguments["PADDED_N"]
+    columns, size = one.kwargs["BLOCK_N"], arguments["PADDED_N"]
+    if size < 64 or arguments["EXACT"]:
+        # a loop of one step is no loop: all of it at once takes more registers
+        return columns == 32 and one.num_warps == (8 if size <= 32 else 4)
+    return 32 < columns <= size
 
 
 @tuned(
@@ -211,6 +213,7 @@ def _weights(
 
 @tuned(
     [
+        config(warps=8, stages=2, BLOCK_N=32),
         config(warps=4, stages=2, BLOCK_N=32),
         config(warps=8, stages=2, BLOCK_N=64),
         config(warps=8, stages=2, BLOCK_N=128),

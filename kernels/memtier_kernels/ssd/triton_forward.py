@@ -42,17 +42,18 @@ def forward(
 
 
 def _fits(one: triton.Config, arguments: dict[str, Any]) -> bool:
-    columns = one.kwargs["BLOCK_N"]
-    if arguments["EXACT"]:
-        return columns <= 32
+    columns, size = one.kwargs["BLOCK_N"], arguments["PADDED_N"]
+    small = min(arguments["PADDED_P"], size) < 64
+    if small or arguments["EXACT"]:
+        # a loop of one step is no loop: all of it at once takes more registers
+        return columns == 32 and one.num_warps == (8 if size <= 32 else 4)
     # registers end where a wide tile is not the whole row
-    enough = one.num_warps == 8 or columns < 128 or columns == arguments["PADDED_N"]
-    small = min(arguments["PADDED_P"], arguments["PADDED_N"]) < 64
-    return small == (columns == 32) and enough and columns <= arguments["PADDED_N"]
+    return columns > 32 and (one.num_warps == 8 or columns < 128 or columns == size) and columns <= size
 
 
 @tuned(
     [
+        config(warps=8, stages=2, BLOCK_P=32, BLOCK_N=32),
         config(warps=4, stages=2, BLOCK_P=32, BLOCK_N=32),
         config(warps=4, stages=2, BLOCK_P=64, BLOCK_N=64),
         config(warps=4, stages=2, BLOCK_P=64, BLOCK_N=128),

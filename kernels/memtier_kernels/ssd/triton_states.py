@@ -110,8 +110,9 @@ def strides(state: torch.Tensor | None) -> Sequence[int]:
 
 
 def _fits(one: triton.Config, arguments: dict[str, Any]) -> bool:
-    wide = arguments["x"].dtype == torch.float32
-    return (one.num_warps, one.num_stages) != ((8, 3) if wide else (4, 3))
+    if one.num_stages == 2:
+        return True
+    return one.num_warps == (4 if arguments["x"].dtype == torch.float32 else 8) and arguments["BLOCK_N"] > 32
 
 
 @tuned(

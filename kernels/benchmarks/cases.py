@@ -219,8 +219,8 @@ def _decode(*, B: int, D: int, H: int, G: int, W: int, S: int, K: int) -> Candid
     def gathered() -> torch.Tensor:
         keys = torch.cat([pool_k[0][table[:, 0]].flatten(1, 2), k], dim=1)
         values = torch.cat([pool_v[0][table[:, 0]].flatten(1, 2), v], dim=1)
-        heads = (t.transpose(1, 2) for t in (q, keys, values))
-        return F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2)
+        queries, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
+        return F.scaled_dot_product_attention(queries, keys, values, enable_gqa=True).transpose(1, 2)
 
     # a copy reads and writes once each: the bytes that the read-out reads, moved in the least time the card can
     return {"memtier": ours, "gather + SDPA": gathered, "copy of as many bytes": lambda: to_copy.copy_(from_copy)}
@@ -327,7 +327,7 @@ def _window_layer(*, T: int, W: int, E: int, H: int) -> Candidates:
     return {"memtier": lambda: layer(h, plan, None, None)[0], "full attention, SDPA": full}
 
 
-def _reference(*, op: str, **sizes: int) -> Candidates:
+def _reference(*, op: str, **sizes: Any) -> Candidates:
     x = make_inputs(op, **sizes)
     return {"memtier": lambda: getattr(memtier_kernels, op)(**x)}
 

@@ -222,7 +222,7 @@ async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store)
             generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
             with anyio.CancelScope() as scope:
                 async for _ in generation:
-                    if i == 2 and len(generation.token_ids) == 12:
+                    if i == 2 and len(generation.token_ids) >= 12:
                         scope.cancel()
             answers[i] = generation.token_ids
 

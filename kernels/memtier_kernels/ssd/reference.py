@@ -17,8 +17,8 @@ __all__ = ["ssd", "ssd_recurrent"]
 
 # longer chunks do not pay on a CPU: their work grows with the length
 _LARGEST_CHUNK = 32
-# exp of less is as good as 0, and on a CPU the numbers near the smallest are many times slower than others
-_SMALLEST_LOG = -80.0
+# exp of less is as good as 0, and on a CPU arithmetic near the smallest numbers is many times slower
+_SMALLEST_LOG = -60.0
 
 
 def ssd_recurrent(
@@ -126,6 +126,11 @@ def _chunk(chunk_tokens: int, tokens: int) -> int:
     return max(1, min(chunk_tokens, _LARGEST_CHUNK, tokens))
 
 
+def _exp_(log: torch.Tensor) -> torch.Tensor:
+    """exp in place, 0 for what is as good as 0."""
+    return torch.threshold_(log, _SMALLEST_LOG, float("-inf")).exp_()
+
+
 def _chunks(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -157,7 +162,7 @@ def _chunks(
         decay = sums_bcHQ[..., :, None] - sums_bcHQ[..., None, :]
         decay.add_(rest_bcHQ[..., :, None]).sub_(rest_bcHQ[..., None, :])
         decay.masked_fill_(torch.ones(Q, Q, dtype=torch.bool, device=x.device).triu(1), float("-inf"))
-        decay = torch.threshold_(decay, _SMALLEST_LOG, float("-inf")).exp_().view(b, c, G, J, Q, Q)
+        decay = _exp_(decay).view(b, c, G, J, Q, Q)
         B_cGQN, C_cGQN = B.to(x.dtype).transpose(2, 3), C.to(x.dtype).transpose(2, 3)
         weight = decay * (C_cGQN @ B_cGQN.transpose(-1, -2))[:, :, :, None]
         weight = weight * dt.transpose(2, 3).reshape(b, c, G, J, 1, Q)
@@ -166,9 +171,10 @@ def _chunks(
         Y = (weight.to(x.dtype).view(b, c, H, Q, Q) @ x.transpose(2, 3)).transpose(2, 3)
 
         # from chunk to chunk
-        to_end = ((sums[:, :, -1:] - sums) + (rest[:, :, -1:] - rest)).exp() * dt
+        to_end = _exp_((sums[:, :, -1:] - sums) + (rest[:, :, -1:] - rest)) * dt
         x_cGQJP = (x * to_end.to(x.dtype)[..., None]).reshape(b, c, Q, G, J * P).transpose(2, 3)
-        whole = sums[:, :, -1].exp()[..., None, None]
+        since_begin = _exp_(sums.clone())
+        whole = since_begin[:, :, -1, :, None, None]
         S = first
         ends = None if packing is None else first.new_zeros(first.shape[0] + 1, *first.shape[1:])
         if packing is not None:
@@ -187,5 +193,5 @@ def _chunks(
             S = (S * fade).add_(added.view(b, H, P, N))
             if packing is not None and ends is not None:
                 ends = ends.index_copy(0, packing.sequence[k : k + 1], S)
-        Y = (torch.stack(far, 1) * sums.exp().to(x.dtype)[..., None]).add_(Y)
+        Y = (torch.stack(far, 1) * since_begin.to(x.dtype)[..., None]).add_(Y)
     return Y, S if ends is None else ends[:-1], exact[:, :, -1].to(full)

@@ -186,6 +186,12 @@ class TieredCache(Cache):
         copy.states = [map_tensors(state, torch.clone) for state in self.states]
         return copy
 
+    def detach(self) -> None:
+        """Let no gradient go back beyond this moment: between two pieces of truncated back-propagation."""
+        self.states = [map_tensors(state, torch.Tensor.detach) for state in self.states]
+        if isinstance(self.selector, HostSpanSelector):
+            self.selector.detach()
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything carried, by name. The tensors are the live ones: copy before the next step."""
         out: dict[str, torch.Tensor] = {}

@@ -378,7 +378,7 @@ CASES: tuple[Case, ...] = (
     _small_case("select_blocks", B=1, R=512, n=65536, C=1024, k=8),
     _small_case("innovation", B=4, T=8192, E=2048),
     _small_case("keep_surprising", B=1, n=1024, R=64, m=64),
-    _small_case("gated_rms_norm", B=4, T=8192, C=4096),
+    _small_case("gated_rms_norm", B=4, T=8192, E=4096),
     Case(
         "Mamba-2 layer, prefill of 2k tokens", "ssd", "cpu", _mamba_layer, {"T": 2048, "E": 512}, {},
         "at least 2 times transformers' Mamba-2",
@@ -397,7 +397,7 @@ CASES: tuple[Case, ...] = (
             "select_blocks": {"B": 1, "R": 32, "n": 16384, "C": 128, "k": 4},
             "innovation": {"B": 1, "T": 512, "E": 512},
             "keep_surprising": {"B": 1, "n": 576, "R": 32, "m": 64},
-            "gated_rms_norm": {"B": 1, "T": 512, "C": 512},
+            "gated_rms_norm": {"B": 1, "T": 512, "E": 512},
         }.items()
     ),
 )  # fmt: skip

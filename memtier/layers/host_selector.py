@@ -21,7 +21,12 @@ class HostSpanSelector:
         """See `SpanSelector.append`."""
         new = [keys, values, landmarks]
         held = self._blocks.get(layer)
-        self._blocks[layer] = new if held is None else [torch.cat(pair, dim=1) for pair in zip(held, new, strict=True)]
+        # gradient checkpointing reads a step a second time: what is sealed again takes the place of what was
+        self._blocks[layer] = (
+            new
+            if held is None
+            else [torch.cat([old[:, :first_block], more], dim=1) for old, more in zip(held, new, strict=True)]
+        )
 
     def select(
         self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
@@ -39,6 +44,10 @@ class HostSpanSelector:
 
     def resident(self, layer: int, ids: torch.Tensor) -> None:
         """See `SpanSelector.resident`: nothing is kept on the device."""
+
+    def detach(self) -> None:
+        """No gradient goes back through the blocks kept so far."""
+        self._blocks = {layer: [t.detach() for t in tensors] for layer, tensors in self._blocks.items()}
 
     def reorder(self, order: torch.Tensor) -> None:
         """Keep the rows of the batch named by `order`."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from memtier.errors import ConfigError
+from memtier.training.wordings import Wording, question, statement
 
 __all__ = ["Fact", "FactSplit", "RandomSource", "draw_code", "draw_name", "is_held_out", "make_facts"]
 
@@ -21,37 +22,6 @@ FactSplit = Literal["train", "held_out", "any"]
 _CONSONANTS = "bdfghjklmnprstvwz"
 _VOWELS = "aeiou"
 _PATTERNS = ("cvcvc", "cvcvc", "cvcvc", "vcvcv", "cvccv")
-
-_STATEMENTS = (
-    "The code for {name} is {code}.",
-    "The code for {name} is {code}.",
-    "Remember that the code for {name} is {code}.",
-    "Please note: the code for {name} is {code}.",
-    "The code of {name} is {code}.",
-    "The secret code of {name} is {code}.",
-    "{name}'s code is {code}.",
-    "Keep in mind that {name}'s code is {code}.",
-    "{name} has the code {code}.",
-    "For {name} the code is {code}.",
-    "Fact: the code for {name} is {code}.",
-    "I was told that the code for {name} is {code}.",
-)
-
-# Each ends where the code comes next. All but the last two name the name again close before it.
-_QUESTIONS = (
-    "Q: What is the code for {name}? A: The code for {name} is ",
-    "Q: What is the code for {name}? A: The code for {name} is ",
-    "What is the code for {name}? The code for {name} is ",
-    "What is the code of {name}? The code of {name} is ",
-    "Question: which code belongs to {name}? Answer: {name}'s code is ",
-    "Do you remember {name}? Yes, the code for {name} is ",
-    "As I told you before, the code for {name} is ",
-    "Tell me the code for {name}. The code for {name} is ",
-    "Which code has {name}? {name} has the code ",
-    "And {name}? For {name} the code is ",
-    "Q: What is the code for {name}? A: ",
-    "What is {name}'s code? It is ",
-)
 
 
 class RandomSource(Protocol):
@@ -74,13 +44,13 @@ class Fact:
         """What is expected to follow `question`."""
         return self.code
 
-    def statement(self, rng: RandomSource) -> str:
+    def statement(self, rng: RandomSource, wording: Wording = "trained") -> str:
         """One sentence that tells the fact, in a wording that `rng` chooses."""
-        return _choose(_STATEMENTS, rng).format(name=self.name, code=self.code)
+        return statement(self.name, self.code, wording, rng.random)
 
-    def question(self, rng: RandomSource) -> str:
+    def question(self, rng: RandomSource, wording: Wording = "trained") -> str:
         """A question that ends where the code comes next, in a wording that `rng` chooses."""
-        return _choose(_QUESTIONS, rng).format(name=self.name)
+        return question(self.name, wording, rng.random)
 
 
 def make_facts(n: int, seed: int, *, split: FactSplit = "held_out") -> list[Fact]:

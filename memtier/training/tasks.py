@@ -24,6 +24,10 @@ IGNORED, TEXT, FRAME, ANSWER, COPY = range(5)
 
 # Repeats that are told to be repeats only by their own first bytes: those bytes are no fair target.
 _COPY_CUE_TOKENS = 6
+# A session chooses its span anew at the end of a question. In training choices fall on multiples of this, so most
+# questions are made to end there: it is the place where a landmark has something to learn.
+BOUNDARY_TOKENS = 16
+_ALIGNED = 0.75
 _SEPARATORS = ("\n", "\n", " ", "\n\n")
 
 
@@ -132,7 +136,7 @@ def fact_sequence(
             # Two draws, the one not heard of for longer: most questions then reach far back.
             index = min(rng.randrange(len(told)), rng.randrange(len(told)), key=lambda i: told[i][1])
             fact, seen = told[index]
-            _ask(writer, fact, level, seen, rng)
+            _ask(writer, fact, level, seen, rng, corpus, split)
             told[index] = (fact, len(writer.data))
     return writer.finish(sequence_tokens)
 
@@ -190,6 +194,13 @@ def _filler(corpus: Corpus, split: FactSplit, size: int, rng: random.Random) -> 
     return data[start : start + size].tobytes() + b"\n"
 
 
+def _exactly(corpus: Corpus, split: FactSplit, size: int, rng: random.Random) -> bytes:
+    """So many bytes of a book, the last of them the end of a line."""
+    data = corpus.held_out if split == "held_out" else corpus.train
+    start = rng.randrange(len(data) - BOUNDARY_TOKENS)
+    return data[start : start + size - 1].tobytes() + b"\n" if size else b""
+
+
 def _tell(writer: _Writer, fact: Fact, level: Level, rng: random.Random) -> None:
     if level.style == "full":
         writer.add(fact.statement(rng) + rng.choice(_SEPARATORS), FRAME)
@@ -198,9 +209,15 @@ def _tell(writer: _Writer, fact: Fact, level: Level, rng: random.Random) -> None
         writer.add(_cue(fact, level) + fact.code + _end(level), IGNORED)
 
 
-def _ask(writer: _Writer, fact: Fact, level: Level, seen: int, rng: random.Random) -> None:
+def _ask(
+    writer: _Writer, fact: Fact, level: Level, seen: int, rng: random.Random, corpus: Corpus, split: FactSplit
+) -> None:
     if level.style == "full":
-        writer.add(fact.question(rng), FRAME)
+        question = fact.question(rng)
+        if rng.random() < _ALIGNED:
+            missing = -(len(writer.data) + len(question)) % BOUNDARY_TOKENS
+            writer.add(_exactly(corpus, split, missing, rng), TEXT)
+        writer.add(question, FRAME)
         writer.add(fact.code, ANSWER, len(writer.data) - seen)
         writer.add("." + rng.choice(_SEPARATORS), FRAME)
     else:

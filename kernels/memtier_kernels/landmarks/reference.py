@@ -51,7 +51,12 @@ def best_blocks(scores: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[to
         return none, torch.full((batch, rows, k), float("-inf"), dtype=scores.dtype, device=scores.device)
     seen = torch.arange(n, device=scores.device) < visible.to(scores.device)[:, None]
     scores = scores.masked_fill(~seen, float("-inf"))
-    threshold = scores.topk(min(k, n), dim=-1).values[..., -1:]
+    best, ids = scores.topk(min(k + 1, n), dim=-1)
+    # masks over all n cost twenty times topk; a compiler cannot follow a branch on data, nor may a device wait for one
+    eager = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    if eager and n > k > 0 and not _ties(best[..., k - 1 :]):
+        return _ascending(ids[..., :k], best[..., :k])
+    threshold = best[..., min(k, n) - 1 : min(k, n)]
     above = scores > threshold
     level = (scores == threshold) & seen
     # of the blocks that tie at the threshold the newest fill what is left
@@ -60,3 +65,17 @@ def best_blocks(scores: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[to
     ids = compact_indices(chosen, k)
     picked = scores.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, float("-inf"))
     return ids, picked
+
+
+def _ties(last_and_next: torch.Tensor) -> bool:
+    """Whether any row's k-th score equals the next one: then topk does not say which of them it took."""
+    last, following = last_and_next.unbind(-1)
+    return bool(((last == following) & (last > float("-inf"))).any())
+
+
+def _ascending(ids: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the order of ids; -1, last, where the score is -inf."""
+    nothing = scores == float("-inf")
+    ids, order = ids.masked_fill(nothing, torch.iinfo(ids.dtype).max).sort(dim=-1)
+    scores = scores.gather(-1, order)
+    return ids.masked_fill(scores == float("-inf"), -1), scores

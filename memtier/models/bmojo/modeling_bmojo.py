@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
@@ -129,14 +130,16 @@ class BMojoModel(BMojoPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, x: torch.Tensor, cache: StepCache | None, marks: Collection[int], dense: bool
-    ) -> tuple[torch.Tensor, list[MixerLosses]]:
+        self, x: torch.Tensor, cache: StepCache | None, marks: Collection[int], dense: bool,
+        settings: MemorySettings | None = None,
+    ) -> tuple[torch.Tensor, list[MixerLosses]]:  # fmt: skip
         """Read embedded tokens (B, T, E); with a cache, from its position on, and the cache is moved on.
 
-        Nothing of the cache changes before every layer has run.
+        Nothing of the cache changes before every layer has run. Without a cache, `settings` are the sizes to read
+        under (None: the model's own); a cache has its own.
         """
         if cache is None:
-            plan = make_plan(self.config.memory_settings(), 0, x.shape[1], marks, -1, x.device)
+            plan = make_plan(settings or self.config.memory_settings(), 0, x.shape[1], marks, -1, x.device)
         else:
             plan = cache.plan(x.shape[1], marks, x.device)
         carried = [None] * len(self.layers) if cache is None else cache.states

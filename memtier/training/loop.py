@@ -33,8 +33,8 @@ class LoopSettings:
 
     Args:
         minutes, steps: the budget; exactly one. With steps, two runs of one seed are equal; minutes follow the clock.
-        batch_tokens: of one step, over all its sequences.
-        sequence_tokens: (until which progress, tokens a sequence) pairs, in order.
+        batch_tokens, sequence_tokens: of one step over all its sequences, and of a sequence: (until which progress,
+            tokens) pairs, in order.
         dense_until: progress until which far attention is dense; 0 for never.
         warmup_steps, decay_from: the learning rate rises over warmup_steps, stays, and falls to 0 from decay_from on.
         far_tokens: an answer whose code was seen further back counts as far.
@@ -43,7 +43,7 @@ class LoopSettings:
 
     minutes: float | None = None
     steps: int | None = None
-    batch_tokens: int = 8192
+    batch_tokens: tuple[tuple[float, int], ...] = ((1.0, 8192),)
     sequence_tokens: tuple[tuple[float, int], ...] = ((0.4, 512), (1.0, 1024))
     dense_until: float = 0.5
     peak_learning_rate: float = 2e-3
@@ -63,9 +63,10 @@ class LoopSettings:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; give exactly one of them.")
         if (self.minutes or self.steps or 0) <= 0:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; the one given must be positive.")
-        ends = [until for until, _ in self.sequence_tokens]
-        if not ends or ends != sorted(ends) or ends[-1] < 1.0:
-            raise ConfigError(f"sequence_tokens is {self.sequence_tokens}; progress must rise up to 1.0.")
+        for name in ("batch_tokens", "sequence_tokens"):
+            ends = [until for until, _ in getattr(self, name)]
+            if not ends or ends != sorted(ends) or ends[-1] < 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; progress must rise up to 1.0.")
         if min(tokens for _, tokens in self.sequence_tokens) < 160:
             raise ConfigError(f"sequence_tokens is {self.sequence_tokens}; a sequence has at least 160 tokens.")
 
@@ -80,9 +81,13 @@ class LoopSettings:
         fall = min(1.0, (1.0 - progress) / max(1e-9, 1.0 - self.decay_from))
         return self.peak_learning_rate * warm * fall
 
-    def tokens_at(self, progress: float) -> int:
-        """Tokens of a sequence at this progress."""
-        return next((tokens for until, tokens in self.sequence_tokens if progress < until), self.sequence_tokens[-1][1])
+    def tokens_at(self, progress: float) -> tuple[int, int]:
+        """Tokens of a step and of a sequence at this progress."""
+        return _now(self.batch_tokens, progress), _now(self.sequence_tokens, progress)
+
+
+def _now(pairs: tuple[tuple[float, int], ...], progress: float) -> int:
+    return next((tokens for until, tokens in pairs if progress < until), pairs[-1][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +154,10 @@ def train(
     model.train()
     while (progress := settings.progress(state.step, state.seconds)) < 1.0:
         begun = time.monotonic()
-        sequence_tokens = settings.tokens_at(progress)
+        batch_tokens, sequence_tokens = settings.tokens_at(progress)
         far_attention = "dense" if progress < settings.dense_until else "span"
         batch = mixer.batch(
-            state.step, level=curriculum.level, sequence_tokens=sequence_tokens, batch_tokens=settings.batch_tokens
+            state.step, level=curriculum.level, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
         )
         rate = settings.learning_rate(state.step, progress)
         finite = _one_step(model, optimizer, batch, settings, rate, far_attention, curriculum.level, meter, window)

@@ -28,7 +28,12 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 # What the package may carry.
 MOST_BYTES = 12_000_000
 NANO_MINUTES = 95.0
-NANO = LoopSettings(minutes=NANO_MINUTES, dense_until=1.0, decay_from=0.7, sequence_tokens=((0.4, 512), (1.0, 1024)))
+NANO = LoopSettings(
+    minutes=NANO_MINUTES, dense_until=1.0, decay_from=0.7, peak_learning_rate=1e-3,
+    # recall starts on short sequences in small steps; long ones teach far recall and the choice of blocks
+    sequence_tokens=((0.08, 192), (0.2, 256), (0.4, 512), (1.0, 1024)),
+    batch_tokens=((0.2, 2048), (0.4, 4096), (1.0, 8192)),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,8 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "far_positions": "none",
         "rope_theta": None,
         "kv_conv_size": 4,
+        # at 0.02 the recall circuit needs five times as many bytes to form
+        "initializer_range": 0.04,
         "ssm_expand": 1,
         "tie_word_embeddings": True,
         "bos_token_id": BOS_ID,

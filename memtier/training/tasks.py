@@ -73,12 +73,17 @@ class TaskMixer:
         corpus: book text.
         seed: of the whole run.
         fact_share, copy_share: of the sequences; the rest is running text.
+        early_fact_share, early_copy_share: the same up to level `early_until`. Recall is learned several times sooner
+            where next to nothing else is asked for.
     """
 
     corpus: Corpus
     seed: int
     fact_share: float = 0.5
     copy_share: float = 0.2
+    early_fact_share: float = 0.9
+    early_copy_share: float = 0.1
+    early_until: int = 4
 
     def batch(self, step: int, *, level: int, sequence_tokens: int, batch_tokens: int) -> Batch:
         """The batch of one step: batch_tokens // sequence_tokens sequences (at least one)."""
@@ -87,15 +92,18 @@ class TaskMixer:
         kinds = np.empty((count, sequence_tokens), np.uint8)
         distance = np.zeros((count, sequence_tokens), np.int32)
         levels = np.full(count, -1, np.int8)
+        facts, copies = self.fact_share, self.copy_share
+        if level <= self.early_until:
+            facts, copies = self.early_fact_share, self.early_copy_share
         for row in range(count):
             rng = random.Random(f"{self.seed}/{step}/{row}")
             # Kinds are dealt by row, not drawn, so that every batch holds the same mix.
             place = (row + rng.random()) / count
-            if place < self.fact_share:
+            if place < facts:
                 levels[row] = Curriculum.draw(level, rng)
                 made = fact_sequence(self.corpus, LEVELS[levels[row]], sequence_tokens, rng)
                 tokens[row], kinds[row], distance[row] = made
-            elif place < self.fact_share + self.copy_share:
+            elif place < facts + copies:
                 make = _text_with_copies if rng.random() < 0.6 else _repeated_lines
                 tokens[row], kinds[row] = make(self.corpus, sequence_tokens, rng)
             else:

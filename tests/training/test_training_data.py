@@ -92,7 +92,7 @@ def test_training_never_reads_held_out_names_and_evaluation_only_those(corpus: C
 
 
 def test_copied_bytes_stood_in_the_sequence_before(corpus: Corpus) -> None:
-    batch = TaskMixer(corpus, 0, fact_share=0.0, copy_share=1.0).batch(
+    batch = TaskMixer(corpus, 0, early_fact_share=0.0, early_copy_share=1.0).batch(
         0, level=0, sequence_tokens=512, batch_tokens=8192
     )
     assert (batch.kinds == COPY).any(axis=1).all()

@@ -25,7 +25,7 @@ from memtier.training.tasks import TaskMixer
 TEXT = b"The miller rose early, and the river ran under the wheel as it had always run.\n" * 400
 SETTINGS = LoopSettings(
     steps=12,
-    batch_tokens=640,
+    batch_tokens=((1.0, 640),),
     sequence_tokens=((0.5, 160), (1.0, 192)),
     peak_learning_rate=1e-2,
     warmup_steps=2,

@@ -97,7 +97,10 @@ class SpanSelection:
 
 @dataclass(frozen=True, slots=True)
 class MemoryHit:
-    """One passage that `recall` found, with its provenance; `start` and `end` are token positions."""
+    """One passage that `recall` found, with its provenance; `start` and `end` are token positions.
+
+    `edition` is the session's at that time: it changes when positions move, and older hits are then refused.
+    """
 
     text: str
     start: int
@@ -109,6 +112,7 @@ class MemoryHit:
     role: str
     source: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    edition: str = ""
 
 
 class SpanSelector(Protocol):

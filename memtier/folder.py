@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from memtier.blocks import MemorySettings
 from memtier.config import FINGERPRINTED
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import Journal, MemoryIndex, SegmentStore
+from memtier_backends.files import flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths
+from memtier_backends.layout import SessionPaths, drop_partial
 from memtier_backends.lock import SessionLock
 from memtier_backends.segments import FileSegmentStore
 
@@ -27,6 +30,8 @@ __all__ = ["Backends", "SessionFolder"]
 log = logging.getLogger("memtier")
 
 META = "session"
+EDITION = "edition"
+FORMAT = 1
 
 
 async def _lance(folder: Path, layers: list[int]) -> MemoryIndex:
@@ -60,6 +65,11 @@ class SessionFolder:
         self.snapshots = backends.snapshots(paths.snapshots)
         self._lock = lock
 
+    @property
+    def edition(self) -> str:
+        """Another one whenever positions have moved: what was found before is then somewhere else."""
+        return self.journal.get_meta(EDITION) or ""
+
     @classmethod
     def open(
         cls,
@@ -84,7 +94,7 @@ class SessionFolder:
             try:
                 _check_owner(journal, identity, weights, settings)
                 opened = cls(paths, lock, journal, backends)
-                opened._clean()
+                opened.clean()
             except BaseException:
                 journal.close()
                 raise
@@ -100,7 +110,17 @@ class SessionFolder:
         finally:
             self._lock.release()
 
-    def _clean(self) -> None:
+    def drop_index(self) -> None:
+        """Remove the index, which the updater then makes again from the segments. Nobody may have it open."""
+        self.journal.set_indexed_through(0)
+        with storage_errors(f"remove the index {self.paths.index}"):
+            if self.paths.index.exists():
+                shutil.rmtree(self.paths.index)
+                flush_folder(self.paths.folder)
+
+    def clean(self) -> None:
+        """Drop unfinished files, files that no record names, and records of what lies past the journal's end."""
+        drop_partial(self.paths.folder)
         self.journal.drop_after(self.journal.position)
         known = {m.name for m in self.journal.segments()}, {s.name for s in self.journal.snapshots()}
         for store, names in zip((self.segments, self.snapshots), known, strict=True):
@@ -111,8 +131,7 @@ class SessionFolder:
 
 
 def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings) -> None:
-    sizes = {name: value for name, value in asdict(settings).items() if name in (*FINGERPRINTED, "storage_dtype")}
-    sizes["memory_layers"] = list(settings.memory_layers)
+    where = f"session {identity['id']!r}"
     meta: dict[str, Any] | None = journal.get_meta(META)
     if meta is None:
         if journal.position:
@@ -121,13 +140,44 @@ def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTie
                 f"model wrote them. Restore the folder from a backup, or delete the session."
             )
         named = {**weights.fingerprint, "name": weights.name}
-        journal.set_meta(META, {**identity, "created_at": time.time(), "model": named, "memory": sizes})
+        about = {"format": FORMAT, "created_at": time.time(), "lineage": uuid4().hex, "model": named}
+        journal.set_meta(META, {**identity, **about, "memory": _sizes(settings)})
         return
-    where = f"session {identity['id']!r}"
-    weights.check(meta["model"], where)
-    for name, stored in meta["memory"].items():
-        if sizes[name] != stored:
+    for name, expected in identity.items():
+        if meta[name] != expected:
             raise IncompatibleMemoryError(
-                f"{where} was written with {name}={stored}, and is opened with {name}={sizes[name]}. "
-                f"Open it with MemoryConfig({name}={stored!r}), or observe the text again under another id."
+                f"{where} lies in the folder of {name} {expected!r} and says that its {name} is {meta[name]!r}. "
+                f"A session's folder cannot be renamed or moved: use session.export and runtime.import_session."
             )
+    check_writer(meta, weights, settings, where)
+
+
+def check_writer(meta: dict[str, Any], weights: WeightsTier, settings: MemorySettings, where: str) -> None:
+    """Refuse memory of another format, another model or other sizes.
+
+    Args:
+        meta: what the memory says of itself.
+        where: what to call it.
+
+    Raises:
+        IncompatibleMemoryError: names the first field that differs.
+    """
+    if meta.get("format") != FORMAT:
+        raise IncompatibleMemoryError(
+            f"{where} has format {meta.get('format')!r}, and this version of memtier reads format {FORMAT}. "
+            f"Open it with the version that wrote it."
+        )
+    weights.check(meta["model"], where)
+    stored, sizes = meta["memory"], _sizes(settings)
+    for name in sorted(stored.keys() | sizes.keys()):
+        was, now = stored.get(name), sizes.get(name)
+        if was != now:
+            raise IncompatibleMemoryError(
+                f"{where} was written with {name}={was}, and is opened with {name}={now}. "
+                f"Open it with MemoryConfig({name}={was!r}), or observe the text again under another id."
+            )
+
+
+def _sizes(settings: MemorySettings) -> dict[str, Any]:
+    sizes = {name: value for name, value in asdict(settings).items() if name in (*FINGERPRINTED, "storage_dtype")}
+    return {**sizes, "memory_layers": list(settings.memory_layers)}

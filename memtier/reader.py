@@ -50,6 +50,12 @@ class StepResult:
     predicted: int = 0
     logits: torch.Tensor | None = None
 
+    def followed_by(self, other: StepResult) -> StepResult:
+        """Two steps, told as one."""
+        logits = None if self.logits is None or other.logits is None else torch.cat([self.logits, other.logits])
+        sealed = [*self.sealed, *other.sealed]
+        return StepResult(sealed, self.nats + other.nats, self.predicted + other.predicted, logits)
+
 
 class Reader:
     """Reads tokens into a cache.

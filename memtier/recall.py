@@ -8,7 +8,7 @@ table.
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ async def find(
     codec: TextCodec,
     block_tokens: int,
     sealed_blocks: int,
+    edition: str,
 ) -> list[MemoryHit]:
     """The k best passages, best first, equal scores newest first.
 
@@ -55,6 +56,7 @@ async def find(
         codec: decodes.
         block_tokens: S.
         sealed_blocks: blocks in the index; what follows them is read from the journal.
+        edition: of the session; each hit carries it.
 
     Raises:
         ConfigError: an empty query, k below 1, or a model without a tokenizer.
@@ -86,7 +88,10 @@ async def find(
             for hit in await ranked.search_text(query, len(rows))
         ]
     )[:k]
-    return [await _hit(passage, timeline, codec, sealed_blocks, block_tokens) for passage in passages]
+    return [
+        replace(await _hit(passage, timeline, codec, sealed_blocks, block_tokens), edition=edition)
+        for passage in passages
+    ]
 
 
 def turn_at(turns: list[TurnRecord], position: int) -> TurnRecord | None:

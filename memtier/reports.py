@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "AttentionMass",
     "BlockContent",
+    "CheckpointInfo",
     "ContextReport",
     "EideticToken",
     "FinishReason",
@@ -23,6 +24,7 @@ __all__ = [
     "StateLayer",
     "StateReport",
     "StorageReport",
+    "TurnInfo",
     "WeightsReport",
 ]
 
@@ -192,6 +194,31 @@ class SessionInfo(_Report):
     updated_at: float | None
     model: str | None
     open: bool = False
+
+
+class CheckpointInfo(_Report):
+    """A moment of a session that was kept under a name: its `position`, and when it was kept."""
+
+    name: str
+    position: int
+    created_at: float
+
+
+class TurnInfo(_Report):
+    """One turn of a session: who spoke, when, and its tokens [start, end).
+
+    `text` is the original; where a part of it is not known (token ids, an answer, a call that was cut off) it is
+    decoded from the tokens.
+    """
+
+    turn: int
+    role: str
+    start: int
+    end: int
+    text: str
+    source: str | None
+    metadata: dict[str, Any]
+    created_at: float
 
 
 class BlockContent(_Report):

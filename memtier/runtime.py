@@ -19,20 +19,17 @@ import torch
 from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError
-from memtier.folder import Backends, SessionFolder
-from memtier.history import History
+from memtier.folder import Backends
 from memtier.listing import describe_all, remove
-from memtier.reader import STEP_TOKENS, Manner, Reader
+from memtier.parts import Shared
+from memtier.reader import STEP_TOKENS
+from memtier.recovery.portable import exported_id, import_session
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import WorkerThread
 from memtier.tiers.device_pool import DevicePool
-from memtier.tiers.retry import retry
-from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
-from memtier.timeline import Timeline
-from memtier.updater import Updater
 from memtier_backends.layout import check_store, session_folder
 
 __all__ = ["Runtime", "open"]
@@ -97,6 +94,10 @@ class Runtime:
             self._pool = await self._model_thread.run(self._make_pool)
             self._batcher = DecodeBatcher(self._weights, self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()
+            self._shared = Shared(
+                self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
+                self._backends, self._model_thread, self._journal_thread, self._tasks,
+            )  # fmt: skip
             await self._tasks.__aenter__()
         except BaseException:
             self._stop_threads()
@@ -159,11 +160,7 @@ class Runtime:
         async with self._opening.setdefault(session_id, anyio.Lock()):
             session = self._sessions.get(session_id)
             if session is None:
-                if len(self._sessions) >= self._config.max_open_sessions:
-                    raise SessionError(
-                        f"{len(self._sessions)} sessions are open, and max_open_sessions is "
-                        f"{self._config.max_open_sessions}. Close one with session.close(), or raise that limit."
-                    )
+                self._check_room()
                 session = await self._open_session(session_id, folder)
                 self._sessions[session_id] = session
         return session
@@ -173,6 +170,33 @@ class Runtime:
         self._check_open()
         open_ids = frozenset(self._sessions)
         return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
+
+    async def import_session(self, path: str | Path, session_id: str | None = None) -> Session:
+        """A session of a file that `Session.export` wrote, opened.
+
+        Args:
+            path: the file; nothing in it is trusted.
+            session_id: None for the id that it had.
+
+        Raises:
+            SessionError: there is such a session, no such file, or too many are open.
+            IncompatibleMemoryError: another model, other sizes or another format wrote it; names the field.
+            CorruptMemoryError: the file is not as it was written; nothing was kept of it.
+        """
+        self._check_open()
+        path = Path(path)
+        if session_id is None:
+            session_id = await self._journal_thread.run(exported_id, path)
+        folder = session_folder(self._store, self._tenant, session_id)
+        check_text(session_id, "the session id")
+        identity = {"id": session_id, "tenant": self._tenant}
+        async with self._opening.setdefault(session_id, anyio.Lock()):
+            self._check_room()
+            if session_id in self._sessions:
+                raise SessionError(f"session {session_id!r} is open. Give another id, or delete that session first.")
+            await self._journal_thread.run(import_session, path, folder, identity, self._weights, self._settings)
+            session = self._sessions[session_id] = await self._open_session(session_id, folder)
+        return session
 
     async def delete_session(self, session_id: str) -> None:
         """Close a session if it is open, and remove all that is on disk of it.
@@ -220,68 +244,41 @@ class Runtime:
     # -- private
 
     async def _open_session(self, session_id: str, folder: Path) -> Session:
-        identity = {"id": session_id, "tenant": self._tenant}
-        opened = await retry(
-            lambda: self._journal_thread.run(
-                partial(
-                    SessionFolder.open,
-                    folder,
-                    self._backends,
-                    identity=identity,
-                    weights=self._weights,
-                    settings=self._settings,
-                )
-            ),
-            f"opening session {session_id!r}",
-        )
+        shared = self._shared
+        opened = await shared.open_folder(session_id, folder)
         try:
-            return await self._assemble(session_id, opened)
+            parts = await shared.assemble(session_id, opened)
+            try:
+                await parts.timeline.catch_up()
+            except BaseException:
+                with anyio.CancelScope(shield=True):
+                    await shared.take_apart(parts)
+                raise
+            edition = await self._journal_thread.run(lambda: opened.edition)
         except BaseException:
             with anyio.CancelScope(shield=True):
                 await self._journal_thread.run(opened.close)
             raise
-
-    async def _assemble(self, session_id: str, opened: SessionFolder) -> Session:
-        io = WorkerThread("memtier-files")
-        try:
-            return await self._assemble_on(io, session_id, opened)
-        except BaseException:
-            io.close()
-            raise
-
-    async def _assemble_on(self, io: WorkerThread, session_id: str, opened: SessionFolder) -> Session:
-        config, settings, model = self._config, self._settings, self._weights.config
-        storage = StorageTier(
-            settings, model.num_key_value_heads, model.head_dim, opened.segments, hot_bytes=config.hot_bytes,
-            landmark_bytes=config.landmark_bytes,
-        )  # fmt: skip
-        position, manifests, indexed = await self._journal_thread.run(_read_marks, opened)
-        await io.run(storage.load, manifests)
-        history = History(opened.journal, self._journal_thread, position)
-        updater = Updater(
-            session_id, opened, history, storage, self._weights.codec, io,
-            inbox_blocks=config.inbox_blocks, indexed=indexed,
-        )  # fmt: skip
-        reader = Reader(self._weights, settings, storage, self._pool)
-        timeline = Timeline(
-            session_id, history, reader, updater, self._model_thread, self._batcher, io, opened.snapshots,
-            config.snapshot_every_tokens,
-        )  # fmt: skip
-        done = await self._tasks.start(updater.run)
-        try:
-            await timeline.catch_up()
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                updater.stop()
-                await done.wait()
-                await updater.close()
-                await self._model_thread.run(reader.drop)
-            raise
         return Session(
-            session_id, config, Manner(config.retrieval, settings.span_blocks), self._weights, opened, timeline,
-            storage, updater, model=self._model_thread, io=io, journal=self._journal_thread,
-            updater_done=done, on_close=self._forget_object,
-        )  # fmt: skip
+            session_id, shared, opened, parts, edition=edition, fork=self._fork, on_close=self._forget_object
+        )
+
+    async def _fork(self, source: Session, session_id: str) -> Session:
+        self._check_open()
+        folder = session_folder(self._store, self._tenant, session_id)
+        check_text(session_id, "the session id")
+        async with self._opening.setdefault(session_id, anyio.Lock()):
+            self._check_room()
+            await source.fork_to(folder, session_id)
+            session = self._sessions[session_id] = await self._open_session(session_id, folder)
+        return session
+
+    def _check_room(self) -> None:
+        if len(self._sessions) >= self._config.max_open_sessions:
+            raise SessionError(
+                f"{len(self._sessions)} sessions are open, and max_open_sessions is "
+                f"{self._config.max_open_sessions}. Close one with session.close(), or raise that limit."
+            )
 
     def _forget_object(self, session: Session) -> None:
         self._sessions.pop(session.id, None)
@@ -311,8 +308,3 @@ class Runtime:
                 f"this runtime was opened by process {self._pid}, and this is process {os.getpid()}: threads do not "
                 f"survive a fork. Open the store in the child, or start it with 'spawn'."
             )
-
-
-def _read_marks(opened: SessionFolder) -> tuple:
-    journal = opened.journal
-    return journal.position, journal.segments(), journal.indexed_through

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import anyio
@@ -18,22 +19,19 @@ import pyarrow as pa
 import torch
 
 from memtier.blocks import MemoryHit, RetrievalMode
-from memtier.config import MemoryConfig
 from memtier.errors import ConfigError, SessionError
 from memtier.feed import Feed
 from memtier.folder import SessionFolder
 from memtier.generation import Generation, Sampler, check_stop
 from memtier.lines import AsideLine, Line, RememberedLine
+from memtier.parts import Parts, Shared
 from memtier.reader import Manner
 from memtier.recall import find
-from memtier.reports import BlockContent, MemoryReport, ObserveReport, SessionStats
+from memtier.recovery.copies import checkpoints, drop_checkpoint, fork_to, make_checkpoint, restore_checkpoint
+from memtier.recovery.portable import export_session
+from memtier.reports import BlockContent, CheckpointInfo, MemoryReport, ObserveReport, SessionStats, TurnInfo
 from memtier.text import check_text
-from memtier.threads import WorkerThread
-from memtier.tiers.storage import StorageTier
-from memtier.tiers.weights import WeightsTier
-from memtier.timeline import Timeline
-from memtier.updater import Updater
-from memtier.views import Views
+from memtier_backends.base import TurnRecord
 
 __all__ = ["Session"]
 
@@ -44,28 +42,29 @@ class Session:
     """Made by `Runtime.session`."""
 
     def __init__(
-        self, session_id: str, config: MemoryConfig, manner: Manner, weights: WeightsTier, folder: SessionFolder,
-        timeline: Timeline, storage: StorageTier, updater: Updater, *, model: WorkerThread, io: WorkerThread,
-        journal: WorkerThread, updater_done: anyio.Event, on_close: Callable[[Session], None],
+        self, session_id: str, shared: Shared, folder: SessionFolder, parts: Parts, *, edition: str,
+        fork: Callable[[Session, str], Awaitable[Session]], on_close: Callable[[Session], None],
     ) -> None:  # fmt: skip
         self._id = session_id
-        self._config = config
-        self._manner = manner
-        self._weights = weights
+        self._shared = shared
+        self._config = shared.config
+        self._manner = Manner(shared.config.retrieval, shared.settings.span_blocks)
+        self._weights = shared.weights
         self._folder = folder
-        self._storage = storage
-        self._updater = updater
-        self._journal_thread = journal
-        self._io_thread = io
-        self._updater_done = updater_done
+        self._fork = fork
         self._on_close = on_close
         self.lock = anyio.Lock()
         self._line: Line | None = None
         self._closed = False
         self._pid = os.getpid()
-        self._views = Views(session_id, weights, timeline, storage, updater, model=model, io=io, journal=journal)
-        self.timeline = timeline
-        self.model_thread = model
+        self.model_thread = shared.model
+        self._edition = edition
+        self._take(parts)
+
+    def _take(self, parts: Parts) -> None:
+        self._parts = parts
+        self.timeline, self._storage = parts.timeline, parts.storage
+        self._updater, self._views = parts.updater, parts.views
 
     @property
     def id(self) -> str:
@@ -184,6 +183,7 @@ class Session:
             return await find(
                 query, k, timeline=self.timeline, index=await self._updater.index(), codec=self._weights.codec,
                 block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self._updater.indexed,
+                edition=self._edition,
             )  # fmt: skip
 
     # -- looking
@@ -246,17 +246,68 @@ class Session:
         async with self.exclusive(None):
             await self._updater.flush()
 
+    async def history(self, start: int = 0, end: int | None = None) -> list[TurnInfo]:
+        """The turns that hold a token of [start, end), oldest first: role, time, span, text and provenance."""
+        async with self.exclusive(None, catch_up=False):
+            turns = await self.timeline.history.turns(start, self.position if end is None else end)
+            return [await self._turn_info(turn) for turn in turns]
+
     async def checkpoint(self, name: str) -> None:
-        """Not in this version. Raises SessionError."""
-        _later("checkpoint")
+        """Keep the session as it stands, under a name. The journal is copied; blocks are shared.
+
+        Raises:
+            SessionError: there is a checkpoint of that name.
+            StorageError: it could not be written; nothing of it is left.
+        """
+        async with self.exclusive(None):
+            await self._settle()
+            await self._shared.journal.run(make_checkpoint, self._folder, name)
+
+    async def checkpoints(self) -> list[CheckpointInfo]:
+        """The checkpoints of the session, oldest first."""
+        self._check_open()
+        return await self._shared.journal.run(checkpoints, self._folder.paths)
 
     async def restore(self, name: str) -> None:
-        """Not in this version. Raises SessionError."""
-        _later("restore")
+        """Go back to a checkpoint, which stays: the session then is what it was, to the bit.
+
+        What came after it is gone, unless it is in another checkpoint or in a fork.
+
+        Raises:
+            SessionError: there is no such checkpoint.
+            CorruptMemoryError: it is damaged; the session is as it was.
+        """
+        async with self.exclusive(None, catch_up=False):
+            async with self.offline() as folder:
+                await self._shared.journal.run(restore_checkpoint, folder, name)
+            await self.timeline.catch_up()
+
+    async def drop_checkpoint(self, name: str) -> None:
+        """Remove a checkpoint. Raises SessionError if there is none of that name."""
+        async with self.exclusive(None, catch_up=False):
+            await self._shared.journal.run(drop_checkpoint, self._folder, name)
+
+    async def export(self, path: str | Path) -> None:
+        """Write the session to one new file, with a hash of every part: `Runtime.import_session` reads it.
+
+        Raises:
+            SessionError: there is such a file.
+            StorageError: it cannot be written.
+        """
+        async with self.exclusive(None):
+            await self._settle()
+            await self._shared.journal.run(export_session, self._folder, Path(path))
 
     async def fork(self, session_id: str) -> Session:
-        """Not in this version. Raises SessionError."""
-        _later("fork")
+        """A new session that begins as this one stands, open. The journal is copied; blocks are shared.
+
+        Raises:
+            ConfigError: an id that cannot be one.
+            SessionError: there is such a session, or too many are open.
+            StorageError: it could not be written; nothing of it is left.
+        """
+        self._check_open()
+        return await self._fork(self, session_id)
 
     async def forget(
         self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None
@@ -321,18 +372,53 @@ class Session:
             async with self.exclusive(None):
                 pass
 
-    async def _free(self) -> None:
-        self._updater.stop()
-        await self._updater_done.wait()
-        try:
-            await self._updater.close()
-        finally:
-            await self.model_thread.run(self.timeline.reader.drop)
+    async def fork_to(self, folder: Path, session_id: str) -> None:
+        """Copy the session to the folder of a new one."""
+        async with self.exclusive(None):
+            await self._settle()
+            await self._shared.journal.run(fork_to, self._folder, folder, session_id)
+
+    @asynccontextmanager
+    async def offline(self) -> AsyncGenerator[SessionFolder]:
+        """The session's folder, used by nothing else; then new parts, not yet caught up. The lock is held."""
+        with anyio.CancelScope(shield=True):
+            await self._shared.take_apart(self._parts)
             try:
-                await self._journal_thread.run(self._folder.close)
+                yield self._folder
             finally:
-                self._io_thread.close()
-                self._on_close(self)
+                try:
+                    self._edition = await self._shared.journal.run(lambda: self._folder.edition)
+                    self._take(await self._shared.assemble(self._id, self._folder))
+                except BaseException:
+                    self._closed = True
+                    await self._release()
+                    raise
+
+    async def _settle(self) -> None:
+        """All that was read is on disk, and a snapshot of this moment too."""
+        await self.timeline.snapshot()
+        await self._updater.flush()
+
+    async def _turn_info(self, turn: TurnRecord) -> TurnInfo:
+        text = turn.text
+        if text is None:
+            text = self._weights.codec.decode(await self.timeline.tokens(turn.start, turn.end))
+        return TurnInfo(
+            turn=turn.turn, role=turn.role, start=turn.start, end=turn.end, text=text, source=turn.source,
+            metadata=turn.metadata, created_at=turn.created_at,
+        )  # fmt: skip
+
+    async def _free(self) -> None:
+        try:
+            await self._shared.take_apart(self._parts)
+        finally:
+            await self._release()
+
+    async def _release(self) -> None:
+        try:
+            await self._shared.journal.run(self._folder.close)
+        finally:
+            self._on_close(self)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -136,13 +136,20 @@ class SyncSession(_Blocking):
     block = _blocking(Session.block)
     state = _blocking(Session.state)
     flush = _blocking(Session.flush)
+    history = _blocking(Session.history)
     checkpoint = _blocking(Session.checkpoint)
+    checkpoints = _blocking(Session.checkpoints)
     restore = _blocking(Session.restore)
-    fork = _blocking(Session.fork)
+    drop_checkpoint = _blocking(Session.drop_checkpoint)
+    export = _blocking(Session.export)
     forget = _blocking(Session.forget)
     close = _blocking(Session.close)
     blocks = _plain(Session.blocks)
     stats = _plain(Session.stats)
+
+    @_signed_as(Session.fork)
+    def fork(self, *args: Any, **kwargs: Any) -> SyncSession:
+        return SyncSession(self._portal.call(partial(self._inner.fork, *args, **kwargs)), self._portal)
 
     @_signed_as(Session.generate)
     def generate(self, *args: Any, **kwargs: Any) -> SyncGeneration:
@@ -183,6 +190,11 @@ class SyncRuntime:
     @_signed_as(Runtime.session)
     def session(self, *args: Any, **kwargs: Any) -> SyncSession:
         session = self._portal.call(partial(self._inner.session, *args, **kwargs))
+        return self._sessions.setdefault(id(session), SyncSession(session, self._portal))
+
+    @_signed_as(Runtime.import_session)
+    def import_session(self, *args: Any, **kwargs: Any) -> SyncSession:
+        session = self._portal.call(partial(self._inner.import_session, *args, **kwargs))
         return self._sessions.setdefault(id(session), SyncSession(session, self._portal))
 
     sessions = _blocking(Runtime.sessions)

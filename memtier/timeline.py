@@ -60,6 +60,7 @@ class Timeline:
         self._snapshots = snapshots
         self._snapshot_every = snapshot_every_tokens
         self._snapshot_at = 0
+        self.restored_from = 0  # the snapshot that the reader was last begun from
         self._sampled: list[int] = []  # not in the journal yet
         self._unread: int | None = None  # the last sampled token, which the model has not read
         self._answer_turn: int | None = None
@@ -101,7 +102,8 @@ class Timeline:
             end = min(self.history.position, start + REPLAY_TOKENS)
             tokens = await self.history.tokens(start, end)
             marks = await self.history.marks(start, end)
-            for first, last, manner in _steps(await self.history.turns(start, end), start, end):
+            turns = await self.history.turns(start, end)
+            for first, last, manner in _steps(turns, start, end, self._snapshot_every):
                 await self._updater.ready()
                 here = [mark for mark in marks if first <= mark < last]
                 step = partial(reader.step, tokens[first - start : last - start], manner, marks=here)
@@ -117,11 +119,12 @@ class Timeline:
     async def _restore(self) -> None:
         """Begin from the newest snapshot that can be read, else from nothing."""
         records = await self.history.call(self.history.journal.snapshots)
-        for record in reversed([r for r in records if r.position <= self.history.position]):
-            if await self._load(record):
-                self._snapshot_at = record.position
+        for record in reversed(records):
+            usable = record.position <= self.history.position and record.blocks <= self._updater.durable_blocks
+            if usable and await self._load(record):
+                self._snapshot_at = self.restored_from = record.position
                 return
-        self._snapshot_at = 0
+        self._snapshot_at = self.restored_from = 0
         await self._model.run(self.reader.begin)
 
     async def _load(self, record: SnapshotRecord) -> bool:
@@ -140,12 +143,19 @@ class Timeline:
         self, turn: int, tokens: NDArray[np.int32], manner: Manner, *, text: str | None = None, mark: bool = False,
         score: bool = False, keep_logits: bool = False,
     ) -> StepResult:  # fmt: skip
-        """Commit at most STEP_TOKENS tokens, then read them.
+        """Commit at most STEP_TOKENS tokens, then read them; two commits where a snapshot is due among them.
 
         Raises:
             ModelError: the model refused them; they were taken back by a record.
             StorageError: they were not acknowledged, or memory cannot be read or written.
         """
+        due = self._next_snapshot(self.history.position) - self.history.position
+        if due < tokens.size:
+            one = await self.read(turn, tokens[:due], manner, score=score, keep_logits=keep_logits)
+            two = await self.read(
+                turn, tokens[due:], manner, text=text, mark=mark, score=score, keep_logits=keep_logits
+            )
+            return one.followed_by(two)
 
         async def commit_and_step() -> StepResult:
             before = self.history.position
@@ -243,7 +253,11 @@ class Timeline:
             self._snapshot_at = position
 
     def _snapshot_due(self) -> bool:
-        return self.reader.position - self._snapshot_at >= self._snapshot_every
+        return self.reader.position >= self._next_snapshot(self._snapshot_at)
+
+    def _next_snapshot(self, position: int) -> int:
+        """Snapshots stand at the multiples of their stride, whatever calls were made; this is the next one."""
+        return (position // self._snapshot_every + 1) * self._snapshot_every
 
     async def _after(self, result: StepResult) -> None:
         """Everything read so far is acknowledged: sealed blocks may go to disk."""
@@ -252,14 +266,17 @@ class Timeline:
             await self.snapshot()
 
 
-def _steps(turns: list[TurnRecord], start: int, end: int) -> Iterator[tuple[int, int, Manner]]:
-    """Steps [first, last) that cover [start, end), none across two turns."""
+def _steps(turns: list[TurnRecord], start: int, end: int, snapshot_every: int) -> Iterator[tuple[int, int, Manner]]:
+    """Steps [first, last) that cover [start, end), none across two turns or over a snapshot's position."""
     for turn in turns:
         # the journal keeps what a turn was begun with, which was checked then
         retrieval: RetrievalMode = turn.retrieval  # pyright: ignore[reportAssignmentType]
         manner = Manner(retrieval, turn.span_blocks)
-        for first in range(max(turn.start, start), min(turn.end, end), STEP_TOKENS):
-            yield first, min(first + STEP_TOKENS, turn.end, end), manner
+        first = max(turn.start, start)
+        while first < min(turn.end, end):
+            last = min(first + STEP_TOKENS, turn.end, end, (first // snapshot_every + 1) * snapshot_every)
+            yield first, last, manner
+            first = last
 
 
 def _refused(error: Exception) -> MemtierError:

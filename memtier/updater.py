@@ -26,6 +26,7 @@ from memtier.history import History
 from memtier.text import TextCodec
 from memtier.threads import WorkerThread
 from memtier.tiers.retry import RETRY_AFTER_SECONDS, is_transient
+from memtier.tiers.state import superseded
 from memtier.tiers.storage import StorageTier
 from memtier_backends.base import IndexRow, MemoryIndex, SegmentManifest, SnapshotRecord
 from memtier_backends.segments import content_hash, pack_segment, read_innovation, read_landmarks
@@ -36,8 +37,6 @@ log = logging.getLogger("memtier")
 
 SEGMENT_BLOCKS = 64
 """Blocks that are written together unless someone waits for them."""
-
-KEPT_SNAPSHOTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,11 @@ class Updater:
         return self._sealed - self._storage.durable_blocks
 
     @property
+    def durable_blocks(self) -> int:
+        """Blocks in segments that the journal names."""
+        return self._storage.durable_blocks
+
+    @property
     def failure(self) -> str | None:
         """What keeps the updater from writing, if anything does."""
         return None if self._error is None else str(self._error)
@@ -109,7 +113,7 @@ class Updater:
         self._notify()
 
     async def ready(self) -> None:
-        """Return once a step may seal more blocks; cancellation acts here.
+        """Return once a step may seal more blocks: too few wait, and no snapshot does. Cancellation acts here.
 
         Raises:
             StorageError: writing failed; it is tried again after this.
@@ -119,7 +123,7 @@ class Updater:
         while True:
             if self._error is not None:
                 self._raise()
-            if not self._trying_again and self.pending < self._inbox_blocks:
+            if not self._trying_again and self.pending < self._inbox_blocks and self._snapshot is None:
                 return
             await self._changed.wait()
 
@@ -224,6 +228,9 @@ class Updater:
     async def _write_segment(self) -> None:
         first = self._storage.durable_blocks
         end = min(self._sealed, first + SEGMENT_BLOCKS)
+        if self._snapshot is not None and self._snapshot.blocks > first:
+            # no segment reaches over a snapshot, so that forgetting drops files and never rewrites one
+            end = min(end, self._snapshot.blocks)
 
         def write() -> SegmentManifest:
             data, manifest = pack_segment(self._storage.payloads(first, end))
@@ -284,9 +291,10 @@ class Updater:
     async def _write_snapshot(self) -> None:
         snapshot = self._snapshot
         assert snapshot is not None
-        name = f"{snapshot.position:012d}.safetensors"
+        digest = content_hash(snapshot.data)
+        name = f"{snapshot.position:012d}-{digest[:16]}.safetensors"
         await self._io.run(self._folder.snapshots.put, name, snapshot.data)
-        record = SnapshotRecord(snapshot.position, name, len(snapshot.data), content_hash(snapshot.data))
+        record = SnapshotRecord(snapshot.position, name, len(snapshot.data), digest, snapshot.blocks)
         old = await self._history.call(self._add_snapshot, record)
         for stale in old:
             await self._io.run(self._folder.snapshots.delete, stale)
@@ -297,7 +305,9 @@ class Updater:
     def _add_snapshot(self, record: SnapshotRecord) -> list[str]:
         journal = self._folder.journal
         journal.add_snapshot(record)
-        old = [known.name for known in journal.snapshots()[:-KEPT_SNAPSHOTS]]
+        known = journal.snapshots()
+        gone = superseded([kept.position for kept in known])
+        old = [kept.name for kept in known if kept.position in gone]
         for name in old:
             journal.drop_snapshot(name)
         return old

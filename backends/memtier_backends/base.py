@@ -34,10 +34,11 @@ for a caller's mistake, StorageError for the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -199,12 +200,16 @@ class TurnRecord:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRecord:
-    """A snapshot file: the session's state once it had read `position` tokens. `hash` is segments.content_hash."""
+    """A snapshot file: the session's state once it had read `position` tokens. `hash` is segments.content_hash.
+
+    It can be used only where blocks [0, `blocks`), which had left the window by then, are in segments.
+    """
 
     position: int
     name: str
     size: int
     hash: str
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -355,6 +360,36 @@ class Journal(Protocol):
 
         A segment that straddles `position` goes as a whole. Files are the caller's: those that no record names are
         orphans.
+        """
+        ...
+
+    def forget(
+        self, start: int, end: int, *, scrub: Collection[int] = (), derived_to: int, meta: Mapping[str, Any]
+    ) -> None:
+        """Take the tokens [start, end) out for good, in one transaction. Tokens after them move down.
+
+        Texts that stand for one of them go, and so does all that a rollback took back before; the index mark falls to
+        0. No byte of what went is left in the file once `checkpoint` has returned.
+
+        Args:
+            scrub: turns whose source and metadata go too; those that are left without tokens go as a whole.
+            derived_to: at most `start`; then as `drop_after(derived_to)`.
+            meta: set in the same transaction.
+
+        Raises:
+            ConfigError: not a range of tokens, or `derived_to` is past its start.
+        """
+        ...
+
+    def copy_to(self, path: Path) -> None:
+        """Write a copy of this moment as a new file, which appears whole. Raises StorageError if there is one."""
+        ...
+
+    def replace_with(self, path: Path) -> None:
+        """Become what the journal at `path`, once checked, says: all of it, or nothing of it.
+
+        Raises:
+            CorruptMemoryError: the journal at `path` is damaged; this one is as it was.
         """
         ...
 

@@ -6,8 +6,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -187,6 +188,20 @@ class FaultyJournal:
     def drop_after(self, position: int) -> None:
         self._write("drop_after")
         self.inner.drop_after(position)
+
+    def forget(
+        self, start: int, end: int, *, scrub: Collection[int] = (), derived_to: int, meta: Mapping[str, Any]
+    ) -> None:
+        self._write("forget")
+        self.inner.forget(start, end, scrub=scrub, derived_to=derived_to, meta=meta)
+
+    def copy_to(self, path: Path) -> None:
+        self._write("copy_to")
+        self.inner.copy_to(path)
+
+    def replace_with(self, path: Path) -> None:
+        self._write("replace_with")
+        self.inner.replace_with(path)
 
     def verify(self) -> None:
         self._read("verify")

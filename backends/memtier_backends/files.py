@@ -11,11 +11,13 @@ from pathlib import Path
 
 from memtier.errors import StorageError, StorageFullError
 
-__all__ = ["TEMPORARY_SUFFIX", "flush", "flush_folder", "storage_errors", "write_whole"]
+__all__ = ["TEMPORARY_SUFFIX", "flush", "flush_folder", "link_or_copy", "storage_errors", "write_whole"]
 
 TEMPORARY_SUFFIX = ".tmp"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+# Why a file may have no second name: another disk, a disk without links, too many of them.
+_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 
 
 @contextmanager
@@ -51,6 +53,24 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give an immutable file a second name, or copy it where links fail; a target that is there stays.
+
+    The folder is the caller's to flush.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        write_whole(target, source.read_bytes())
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 from memtier.errors import ConfigError, SessionNotFoundError, StorageError
 from memtier_backends.base import SegmentManifest, SnapshotRecord, TurnRecord
 from memtier_backends.files import storage_errors
+from memtier_backends.journal_forget import cut_out
 from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
-from memtier_backends.sqlite_file import connect, sqlite_errors, truncate_log
+from memtier_backends.sqlite_file import (
+    connect,
+    copy_database,
+    replace_database,
+    sqlite_errors,
+    truncate_log,
+)
 
 __all__ = ["SqliteJournal"]
 
@@ -29,8 +36,10 @@ class SqliteJournal:
     """Journal in one SQLite file: write-ahead log, every commit flushed, deleted bytes overwritten."""
 
     @classmethod
-    def open(cls, path: Path, *, read_only: bool = False) -> SqliteJournal:
+    def open(cls, path: Path, *, read_only: bool = False, scratch: bool = False) -> SqliteJournal:
         """Open a session's journal; one that is not there is made, unless `read_only`.
+
+        `scratch`: nothing is flushed. For one that is filled and then copied (`copy_to`), which flushes.
 
         Raises:
             SessionNotFoundError: `read_only`, and there is none.
@@ -45,6 +54,8 @@ class SqliteJournal:
             create(path)
         with sqlite_errors(path, "open the journal"):
             connection = connect(path, read_only=read_only)
+            if scratch:
+                connection.execute("PRAGMA synchronous=OFF")
         journal = cls(path, connection, read_only)
         try:
             with journal._reading("open the journal"):
@@ -268,7 +279,38 @@ class SqliteJournal:
         with self._transaction("drop what is derived"):
             self._drop_after(position)
 
+    def forget(
+        self, start: int, end: int, *, scrub: Collection[int] = (), derived_to: int, meta: Mapping[str, Any]
+    ) -> None:
+        start, end, derived_to = int(start), int(end), int(derived_to)
+        with self._transaction("forget"):
+            position = self._rows.head().position
+            if not 0 <= derived_to <= start < end <= position:
+                raise ConfigError(
+                    f"tokens [{start}, {end}) are to be forgotten, keeping what is derived up to {derived_to}; the "
+                    f"session holds [0, {position}), and nothing past the first of them can be kept."
+                )
+            cut_out(self._rows, start, end, scrub)
+            self._drop_after(derived_to)
+            self._rows.put_head(replace(self._rows.head(), indexed_through=0))
+            for key, value in meta.items():
+                self._rows.put_record("meta", key, 0, value)
+        self._piece_start = self.position
+
     # The file
+
+    def copy_to(self, path: Path) -> None:
+        copy_database(self._connection(), self.path, path)
+
+    def replace_with(self, path: Path) -> None:
+        other = SqliteJournal.open(path, read_only=True)
+        try:
+            other.verify()
+            replace_database(self._connection(), self.path, other._rows.connection)
+        finally:
+            other.close()
+        with self._reading("read what was restored"):
+            self._piece_start = self._rows.check_opened().position
 
     @property
     def bytes_on_disk(self) -> int:

@@ -18,10 +18,11 @@ from memtier.errors import ConfigError
 from memtier_backends.base import DIGEST_BYTES
 from memtier_backends.files import flush_folder, storage_errors
 
-__all__ = ["SessionPaths", "check_store", "remove_session", "session_folder", "session_folders"]
+__all__ = ["SessionPaths", "check_store", "drop_partial", "remove_session", "session_folder", "session_folders"]
 
 _FOLDER = re.compile(rf"[0-9a-f]{{{2 * DIGEST_BYTES}}}")
 _REMOVED_PREFIX = ".removed-"
+_PARTIAL_PREFIX = ".partial-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,24 @@ class SessionPaths:
     @property
     def index(self) -> Path:
         return self.folder / "index.lance"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def checkpoint(self, name: str) -> SessionPaths:
+        """Where the checkpoint of that name lies, whether or not it exists. Raises ConfigError as `session_folder`."""
+        return SessionPaths(self.checkpoints / _hashed("checkpoint", name))
+
+    def checkpoint_folders(self) -> list[SessionPaths]:
+        """Every checkpoint, in no particular order; the names are in their journals."""
+        if not self.checkpoints.is_dir():
+            return []
+        return [SessionPaths(path) for path in sorted(self.checkpoints.iterdir()) if _FOLDER.fullmatch(path.name)]
+
+    def partial(self) -> Path:
+        """A new name for a copy that is being made; `drop_partial` removes what a crash left of one."""
+        return self.folder / f"{_PARTIAL_PREFIX}{uuid4().hex}"
 
 
 def check_store(store: str | Path) -> Path:
@@ -101,6 +120,13 @@ def remove_session(folder: Path) -> None:
             for path in folder.parent.glob(f"{_REMOVED_PREFIX}*"):
                 shutil.rmtree(path)
             flush_folder(folder.parent)
+
+
+def drop_partial(folder: Path) -> None:
+    """Remove copies that were begun in a session's folder and never finished. Call as the owner of its lock."""
+    with storage_errors(f"clean the session folder {folder}"):
+        for path in folder.glob(f"{_PARTIAL_PREFIX}*"):
+            shutil.rmtree(path)
 
 
 def _tenant_folder(store: str | Path, tenant: str) -> Path:

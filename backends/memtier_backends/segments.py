@@ -37,6 +37,7 @@ __all__ = [
     "content_hash",
     "pack_segment",
     "pack_tensors",
+    "parse_segment",
     "read_innovation",
     "read_kv",
     "read_landmarks",
@@ -46,6 +47,14 @@ __all__ = [
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _LANDMARK_BYTES = ITEM_BYTES["F32"]
+_FORMAT = "memtier-segment-1"
+# Unsigned type of one element, and the bits that are all set in infinities and NaN.
+_EXPONENT = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "F16": ("<u2", 0x1F << 10),
+    "BF16": ("<u2", 0xFF << 7),
+}
 
 
 class FileSegmentStore:
@@ -137,8 +146,8 @@ def content_hash(data: bytes | memoryview) -> str:
 def pack_segment(payloads: Sequence[BlockPayload]) -> tuple[bytes, SegmentManifest]:
     """Pack consecutive blocks into one file.
 
-    The bytes depend on the blocks alone, and the name on their numbers, so a segment that is packed again after a crash
-    replaces itself.
+    The bytes depend on the blocks alone, and the name on their numbers and the bytes: a segment that is packed again
+    after a crash replaces itself, and files of two lines of tokens never take each other's place.
 
     Raises:
         ConfigError: no blocks, blocks that do not follow one another, or that differ in layers, dtype or shape.
@@ -152,7 +161,7 @@ def pack_segment(payloads: Sequence[BlockPayload]) -> tuple[bytes, SegmentManife
         arrays[_landmarks_name(layer)] = _float_array([payload.landmarks[layer] for payload in payloads])
     arrays["innovation"] = _float_array([payload.innovation for payload in payloads])
     last = payloads[-1]
-    metadata = {"format": "memtier-segment-1", "first_block": str(first.block), "start": str(first.start)}
+    metadata = {"format": _FORMAT, "first_block": str(first.block), "start": str(first.start)}
     data, offsets = _pack(arrays, metadata)
 
     def layout(layer: int) -> LayerLayout:
@@ -169,7 +178,7 @@ def pack_segment(payloads: Sequence[BlockPayload]) -> tuple[bytes, SegmentManife
         )
 
     manifest = SegmentManifest(
-        name=f"{first.block:010d}-{last.block:010d}.safetensors",
+        name=f"{first.block:010d}-{last.block:010d}-{content_hash(data)[:16]}.safetensors",
         first_block=first.block,
         blocks=n,
         start=first.start,
@@ -181,6 +190,48 @@ def pack_segment(payloads: Sequence[BlockPayload]) -> tuple[bytes, SegmentManife
         hash=content_hash(data),
     )
     return data, manifest
+
+
+def parse_segment(data: bytes, name: str) -> SegmentManifest:
+    """The manifest of a segment file of unknown origin: it must be what packing its own blocks gives.
+
+    Args:
+        data: the whole file.
+        name: what to call it in an error.
+
+    Raises:
+        CorruptMemoryError: it is no segment, or holds a number that is not finite.
+    """
+    arrays, metadata = unpack_tensors(data, name)
+    try:
+        if metadata["format"] != _FORMAT:
+            raise ValueError(f"format {metadata['format']!r}, expected {_FORMAT!r}")
+        first, start = int(metadata["first_block"]), int(metadata["start"])
+        tokens = arrays["innovation"].shape[1]
+        layers = range((len(arrays) - 1) // 2)
+        kv = [_rows(arrays[_kv_name(layer)], 5) for layer in layers]
+        landmarks = [_floats(arrays[_landmarks_name(layer)]) for layer in layers]
+        innovation = _floats(arrays["innovation"])
+        if not (min(first, start) >= 0 < tokens and all(_is_finite(a) for n, a in arrays.items() if n != "innovation")):
+            raise ValueError("numbers that no segment holds")
+        packed, manifest = pack_segment(
+            [
+                BlockPayload(
+                    block=first + i,
+                    start=start + i * tokens,
+                    end=start + (i + 1) * tokens,
+                    kv=tuple(rows[i] for rows in kv),
+                    landmarks=tuple(rows[i] for rows in landmarks),
+                    innovation=row,
+                )
+                for i, row in enumerate(innovation)
+            ]
+        )
+        if packed != data:
+            raise ValueError("its bytes are not those that its blocks give")
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CorruptMemoryError(f"{name} is not a segment of memtier: {error}.") from error
+    return manifest
 
 
 def read_kv(store: SegmentStore, manifest: SegmentManifest, layer: int, block: int) -> RawArray:
@@ -256,8 +307,11 @@ def unpack_tensors(data: bytes, name: str, hash: str | None = None) -> tuple[dic
         arrays: dict[str, RawArray] = {}
         for key, entry in header.items():
             begin, end = entry["data_offsets"]
-            arrays[key] = RawArray(entry["dtype"], tuple(entry["shape"]), body[begin:end])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            shape = tuple(entry["shape"])
+            if not (0 <= begin <= end <= len(body) and all(type(size) is int and size >= 0 for size in shape)):
+                raise ValueError(f"{key} of shape {shape} in bytes {begin} to {end} of {len(body)}")
+            arrays[key] = RawArray(entry["dtype"], shape, body[begin:end])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptMemoryError(f"{name} is not a readable safetensors file: {error}. {_ADVICE}") from error
     return arrays, metadata
 
@@ -312,6 +366,27 @@ def _form(payload: BlockPayload) -> tuple[object, ...]:
 def _float_array(rows: Sequence[NDArray[np.float32]]) -> RawArray:
     stacked = np.ascontiguousarray(np.stack(rows), dtype="<f4")
     return RawArray("F32", stacked.shape, stacked.tobytes())
+
+
+def _rows(array: RawArray, dimensions: int) -> list[RawArray]:
+    """An array along its first dimension."""
+    if len(array.shape) != dimensions:
+        raise ValueError(f"an array of shape {array.shape}, and {dimensions} dimensions were expected")
+    count, *shape = array.shape
+    size = array.nbytes // max(count, 1)
+    return [RawArray(array.dtype, tuple(shape), array.data[i * size : (i + 1) * size]) for i in range(count)]
+
+
+def _floats(array: RawArray) -> NDArray[np.float32]:
+    if array.dtype != "F32" or len(array.shape) != 2:
+        raise ValueError(f"an array of {array.dtype} and shape {array.shape}, and rows of F32 were expected")
+    return np.frombuffer(array.data, "<f4").reshape(array.shape)
+
+
+def _is_finite(array: RawArray) -> bool:
+    kind, exponent = _EXPONENT[array.dtype]
+    bits = np.frombuffer(array.data, kind)
+    return not bool(((bits & bits.dtype.type(exponent)) == exponent).any())
 
 
 def _layout(manifest: SegmentManifest, layer: int) -> LayerLayout:

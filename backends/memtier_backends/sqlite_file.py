@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from memtier.errors import CorruptMemoryError, MemtierError, StorageError, StorageFullError
+from memtier_backends.files import TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
 
-__all__ = ["connect", "sqlite_errors", "truncate_log"]
+__all__ = ["connect", "copy_database", "replace_database", "sqlite_errors", "truncate_log"]
 
 # How long a statement waits for a reader or writer of another process.
 _BUSY_TIMEOUT_SECONDS = 5.0
@@ -81,6 +83,41 @@ def truncate_log(connection: sqlite3.Connection, path: Path) -> None:
             f"cannot checkpoint {path}: another reader kept it busy for {_BUSY_TIMEOUT_SECONDS:g} s. "
             "Nothing is lost; end that reader (a report, a backup, a SQLite shell) and call again."
         )
+
+
+def copy_database(connection: sqlite3.Connection, path: Path, target: Path) -> None:
+    """Copy an open database to a new file: all of it appears at once, and is on the disk on return.
+
+    Raises:
+        StorageError: `target` is there already, or cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    with storage_errors(f"copy {path} to {target}"), sqlite_errors(path, "be copied"):
+        if target.exists():
+            raise StorageError(f"cannot copy {path} to {target}: there is such a file. Choose another name.")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            copy = sqlite3.connect(temporary, isolation_level=None)
+            try:
+                # the copy is not named yet: it is flushed once, below
+                copy.execute("PRAGMA synchronous=OFF")
+                connection.backup(copy)
+            finally:
+                copy.close()
+            flush(descriptor)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+        flush_folder(target.parent)
+
+
+def replace_database(connection: sqlite3.Connection, path: Path, source: sqlite3.Connection) -> None:
+    """Make an open database what another one says, in one transaction."""
+    with sqlite_errors(path, "be replaced"):
+        source.backup(connection)
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection, path: Path) -> None:

@@ -278,15 +278,15 @@ class JournalSuite:
 
     def test_snapshots_are_kept_by_name_and_listed_by_position(self, journal: Journal) -> None:
         journal.commit(begin_turn(journal), list(range(10)))
-        journal.add_snapshot(SnapshotRecord(8, "b", 1, "x"))
-        journal.add_snapshot(SnapshotRecord(3, "a", 1, "x"))
-        journal.add_snapshot(SnapshotRecord(8, "b", 2, "y"))
-        assert journal.snapshots() == [SnapshotRecord(3, "a", 1, "x"), SnapshotRecord(8, "b", 2, "y")]
+        journal.add_snapshot(SnapshotRecord(8, "b", 1, "x", 0))
+        journal.add_snapshot(SnapshotRecord(3, "a", 1, "x", 0))
+        journal.add_snapshot(SnapshotRecord(8, "b", 2, "y", 0))
+        assert journal.snapshots() == [SnapshotRecord(3, "a", 1, "x", 0), SnapshotRecord(8, "b", 2, "y", 0)]
         journal.drop_snapshot("a")
         journal.drop_snapshot("never there")
         assert [s.name for s in journal.snapshots()] == ["b"]
         with pytest.raises(ConfigError, match=r"\[0, 10\]"):
-            journal.add_snapshot(SnapshotRecord(11, "c", 1, "x"))
+            journal.add_snapshot(SnapshotRecord(11, "c", 1, "x", 0))
 
     def test_meta_is_replaced(self, journal: Journal) -> None:
         journal.set_meta("a", 1)
@@ -352,8 +352,8 @@ class JournalSuite:
         for manifest in manifests:
             journal.add_segment(manifest)
         journal.set_indexed_through(5)
-        journal.add_snapshot(SnapshotRecord(24, "new", 1, "x"))
-        journal.add_snapshot(SnapshotRecord(4, "old", 1, "x"))
+        journal.add_snapshot(SnapshotRecord(24, "new", 1, "x", 0))
+        journal.add_snapshot(SnapshotRecord(4, "old", 1, "x", 0))
         return manifests
 
 

@@ -34,6 +34,7 @@ class LandmarkTable:
 
     def __init__(self, layer: int, size: int, limit_bytes: int | None, store: SegmentStore) -> None:
         self._layer = layer
+        self.size = size
         self._store = store
         self._limit = None if limit_bytes is None else limit_bytes // (4 * size)
         self._rows = torch.empty(0, size, dtype=torch.float32)

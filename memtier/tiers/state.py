@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from memtier.cache import TieredCache
+from memtier.errors import IncompatibleMemoryError
 from memtier.reports import StateLayer, StateReport
 from memtier.tiers.raw import to_raw, to_tensor
 from memtier_backends.segments import pack_tensors, unpack_tensors
 
-__all__ = ["pack_snapshot", "state_report", "unpack_snapshot"]
+__all__ = ["pack_snapshot", "state_report", "superseded", "unpack_snapshot"]
 
 LOGITS = "session.logits"
+FORMAT = "memtier-snapshot-1"
 
 
 def pack_snapshot(cache: TieredCache, logits: torch.Tensor | None) -> bytes:
@@ -22,7 +26,7 @@ def pack_snapshot(cache: TieredCache, logits: torch.Tensor | None) -> bytes:
         logits: (V,) the last logits, which the next sampled token needs; None before the first token.
     """
     tensors = cache.state_dict() | ({} if logits is None else {LOGITS: logits})
-    return pack_tensors({name: to_raw(tensor) for name, tensor in tensors.items()}, {"format": "memtier-snapshot-1"})
+    return pack_tensors({name: to_raw(tensor) for name, tensor in tensors.items()}, {"format": FORMAT})
 
 
 def unpack_snapshot(data: bytes, name: str, digest: str, cache: TieredCache) -> torch.Tensor | None:
@@ -30,13 +34,34 @@ def unpack_snapshot(data: bytes, name: str, digest: str, cache: TieredCache) -> 
 
     Raises:
         CorruptMemoryError: the bytes are not those that were written.
-        IncompatibleMemoryError: the state of another model.
+        IncompatibleMemoryError: another format, or the state of another model.
     """
-    arrays, _ = unpack_tensors(data, name, digest)
+    arrays, metadata = unpack_tensors(data, name, digest)
+    if metadata.get("format") != FORMAT:
+        raise IncompatibleMemoryError(
+            f"snapshot {name} has format {metadata.get('format')!r}, and this version of memtier reads {FORMAT!r}."
+        )
     tensors = {key: to_tensor(raw) for key, raw in arrays.items()}
     logits = tensors.pop(LOGITS, None)
     cache.load_state_dict(tensors)
     return logits
+
+
+def superseded(positions: Sequence[int]) -> set[int]:
+    """Which snapshots need not be kept, of those at `positions`, ascending.
+
+    The two newest stay. Further back the gaps grow with the distance, so that their number grows as the logarithm of
+    the session, and going back to any moment costs at most about twice the tokens since.
+    """
+    gone: set[int] = set()
+    kept = list(positions[-2:])
+    for at in range(len(positions) - 3, -1, -1):
+        older = positions[at - 1] if at else 0
+        if kept[0] - older <= positions[-1] - kept[0]:
+            gone.add(positions[at])
+        else:
+            kept.insert(0, positions[at])
+    return gone
 
 
 def state_report(cache: TieredCache) -> StateReport:

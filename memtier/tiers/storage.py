@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from memtier.blocks import MemoryBlock, MemorySettings
-from memtier.errors import SessionError
+from memtier.errors import IncompatibleMemoryError, SessionError
 from memtier.tiers.landmarks import LandmarkTable
-from memtier.tiers.raw import to_raw, to_tensor
+from memtier.tiers.raw import NAMES, to_raw, to_tensor
 from memtier.tiers.retry import retry_reads
 from memtier_backends.base import BlockPayload, SegmentManifest, SegmentStore
 from memtier_backends.segments import read_innovation, read_kv
@@ -103,7 +103,14 @@ class StorageTier:
     # -- the model thread
 
     def load(self, manifests: Sequence[SegmentManifest]) -> None:
-        """Begin with what is on disk."""
+        """Begin with what is on disk.
+
+        Raises:
+            IncompatibleMemoryError: blocks of another shape or dtype than this model's; names the segment and field.
+            CorruptMemoryError: landmarks are damaged.
+        """
+        for manifest in manifests:
+            self._check_form(manifest)
         with self._lock:
             self._manifests = list(manifests)
             self._first_blocks = [manifest.first_block for manifest in manifests]
@@ -237,6 +244,26 @@ class StorageTier:
         return kv, landmarks, np.array(innovation)
 
     # -- private
+
+    def _check_form(self, manifest: SegmentManifest) -> None:
+        size, dtype = self.settings.span_block_tokens, self.settings.storage_dtype
+        fields = [
+            ("layers", len(manifest.layers), len(self.layers)),
+            ("tokens of a block", (manifest.end - manifest.start) / manifest.blocks, size),
+            ("first token", manifest.start, manifest.first_block * size),
+        ]
+        for table, layout in zip(self._landmarks, manifest.layers, strict=False):
+            fields += [
+                ("shape of K and V", layout.shape, self.block_shape),
+                ("dtype of K and V", layout.dtype, NAMES[self.dtype]),
+                ("landmark size", layout.landmark_size, table.size),
+            ]
+        for field, stored, expected in fields:
+            if stored != expected:
+                raise IncompatibleMemoryError(
+                    f"segment {manifest.name} was written with {field} {stored}, and {expected} is expected of this "
+                    f"model with storage_dtype {dtype!r}. Open the session with the model and config that wrote it."
+                )
 
     def _in_memory(self, ordinal: int, block: int) -> torch.Tensor | None:
         tensor = self._pinned[ordinal].get(block)

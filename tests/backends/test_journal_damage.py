@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
     _, manifest = pack_segment(make_payloads(0, 5))
     journal.add_segment(manifest)
     journal.set_indexed_through(3)
-    journal.add_snapshot(SnapshotRecord(100, "a", 5, "x"))
+    journal.add_snapshot(SnapshotRecord(100, "a", 5, "x", 0))
     journal.close()
     return path
 
@@ -236,7 +236,7 @@ def test_deleted_bytes_are_overwritten(tmp_path: Path, secure: bool) -> None:
     journal = SqliteJournal.open(path)
     if not secure:
         journal._rows.execute("PRAGMA secure_delete=OFF")
-    journal.add_snapshot(SnapshotRecord(0, SECRET.decode(), 1, "x"))
+    journal.add_snapshot(SnapshotRecord(0, SECRET.decode(), 1, "x", 0))
     journal.checkpoint()
     assert SECRET in path.read_bytes()
     journal.drop_snapshot(SECRET.decode())

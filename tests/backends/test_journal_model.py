@@ -81,6 +81,36 @@ class JournalMachine(RuleBasedStateMachine):
         if self.turns:
             self.turns[-1].open_start = position
 
+    @precondition(lambda self: self.tokens)
+    @rule(bounds=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+    def forget(self, bounds: tuple[float, float]) -> None:
+        start = min(round(min(bounds) * len(self.tokens)), len(self.tokens) - 1)
+        end = max(start + 1, round(max(bounds) * len(self.tokens)))
+        self.journal.forget(start, end, derived_to=0, meta={"forgotten": [start, end]})
+        assert self.journal.get_meta("forgotten") == [start, end]
+        del self.tokens[start:end], self.owners[start:end]
+
+        def moved(position: int) -> int:
+            return min(position, start) if position < end else position - (end - start)
+
+        self.marks = [moved(mark) for mark in self.marks if not start <= mark < end]
+        for turn in self.turns:
+            whole = [piece for piece in turn.pieces if piece.end <= start or piece.start >= end]
+            turn.pieces = [Piece(moved(p.start), moved(p.end), p.text) for p in whole]
+        if self.turns:
+            self.turns[-1].open_start = len(self.tokens)
+
+    @rule(share=st.floats(0, 1))
+    def copy_and_return(self, share: float) -> None:
+        copy = Path(self.folder.name) / "copy.sqlite3"
+        self.journal.copy_to(copy)
+        if self.turns:
+            self.journal.rollback(round(share * len(self.tokens)), "lost by going back")
+        self.journal.replace_with(copy)
+        copy.unlink()
+        if self.turns:
+            self.turns[-1].open_start = len(self.tokens)
+
     @rule()
     def reopen(self) -> None:
         self.journal.close()

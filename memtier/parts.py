@@ -1,0 +1,122 @@
+"""What a session is made of while it is open, put together and taken apart by what all sessions of a runtime share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.abc
+
+from memtier.batching import DecodeBatcher
+from memtier.blocks import MemorySettings
+from memtier.config import MemoryConfig
+from memtier.folder import Backends, SessionFolder
+from memtier.history import History
+from memtier.reader import Reader
+from memtier.threads import WorkerThread
+from memtier.tiers.device_pool import DevicePool
+from memtier.tiers.retry import retry
+from memtier.tiers.storage import StorageTier
+from memtier.tiers.weights import WeightsTier
+from memtier.timeline import Timeline
+from memtier.updater import Updater
+from memtier.views import Views
+
+__all__ = ["Parts", "Shared"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One open session: its tokens, its blocks, the task that writes them, and its thread for files."""
+
+    timeline: Timeline
+    storage: StorageTier
+    updater: Updater
+    views: Views
+    io: WorkerThread
+    updater_done: anyio.Event
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the sessions of a runtime share.
+
+    Args:
+        store, tenant: whose sessions.
+        model: the thread that owns every tensor.
+        journal: the thread that owns every journal.
+        tasks: where updaters run.
+    """
+
+    store: Path
+    tenant: str
+    config: MemoryConfig
+    settings: MemorySettings
+    weights: WeightsTier
+    pool: DevicePool | None
+    batcher: DecodeBatcher
+    backends: Backends
+    model: WorkerThread
+    journal: WorkerThread
+    tasks: anyio.abc.TaskGroup
+
+    async def open_folder(self, session_id: str, folder: Path) -> SessionFolder:
+        """Take the lock of a session and check whose it is. Raises as `SessionFolder.open`."""
+        identity = {"id": session_id, "tenant": self.tenant}
+        opening = partial(
+            SessionFolder.open, folder, self.backends, identity=identity, weights=self.weights, settings=self.settings
+        )
+        return await retry(lambda: self.journal.run(opening), f"opening session {session_id!r}")
+
+    async def assemble(self, session_id: str, opened: SessionFolder) -> Parts:
+        """A session's parts, not yet caught up with its journal.
+
+        Raises:
+            StorageError: what is on disk cannot be read.
+        """
+        io = WorkerThread("memtier-files")
+        try:
+            return await self._assemble(io, session_id, opened)
+        except BaseException:
+            io.close()
+            raise
+
+    async def take_apart(self, parts: Parts) -> None:
+        """Stop writing and let go of everything; what waits is made again from the journal. Not to be cancelled."""
+        parts.updater.stop()
+        await parts.updater_done.wait()
+        try:
+            await parts.updater.close()
+        finally:
+            await self.model.run(parts.timeline.reader.drop)
+            parts.io.close()
+
+    async def _assemble(self, io: WorkerThread, session_id: str, opened: SessionFolder) -> Parts:
+        config, settings, model = self.config, self.settings, self.weights.config
+        storage = StorageTier(
+            settings, model.num_key_value_heads, model.head_dim, opened.segments, hot_bytes=config.hot_bytes,
+            landmark_bytes=config.landmark_bytes,
+        )  # fmt: skip
+        position, manifests, indexed = await self.journal.run(_read_marks, opened)
+        await io.run(storage.load, manifests)
+        history = History(opened.journal, self.journal, position)
+        updater = Updater(
+            session_id, opened, history, storage, self.weights.codec, io,
+            inbox_blocks=config.inbox_blocks, indexed=indexed,
+        )  # fmt: skip
+        timeline = Timeline(
+            session_id, history, Reader(self.weights, settings, storage, self.pool), updater, self.model, self.batcher,
+            io, opened.snapshots, config.snapshot_every_tokens,
+        )  # fmt: skip
+        views = Views(
+            session_id, self.weights, timeline, storage, updater, model=self.model, io=io, journal=self.journal
+        )
+        done = await self.tasks.start(updater.run)
+        return Parts(timeline, storage, updater, views, io, done)
+
+
+def _read_marks(opened: SessionFolder) -> tuple:
+    journal = opened.journal
+    return journal.position, journal.segments(), journal.indexed_through

@@ -1,0 +1,174 @@
+"""Copies of a session: forks and checkpoints. The journal is copied, immutable files get a second name.
+
+A copy appears whole: it is made in a folder of its own inside the session's, which is then renamed. So a crash leaves a
+copy or none, and what it leaves of one is dropped when the session is opened next.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memtier.errors import CorruptMemoryError, SessionError
+from memtier.folder import META, SessionFolder
+from memtier.reports import CheckpointInfo
+from memtier_backends.files import flush_folder, link_or_copy, storage_errors
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.layout import SessionPaths, remove_session
+
+__all__ = ["checkpoints", "drop_checkpoint", "fork_to", "make_checkpoint", "restore_checkpoint"]
+
+CHECKPOINT = "checkpoint"
+
+
+def fork_to(source: SessionFolder, target: Path, session_id: str) -> None:
+    """Copy a session to the folder of a new one. All that it wrote so far must be on disk.
+
+    Raises:
+        SessionError: there is such a session.
+        StorageError: the copy could not be written; nothing of it is left.
+    """
+    meta = source.journal.get_meta(META)
+    forked = {**meta, "id": session_id, "created_at": time.time(), "forked_from": meta["id"]}
+    try:
+        _copy(source, target, {META: forked}, with_index=True)
+    except FileExistsError as error:
+        raise SessionError(
+            f"session {session_id!r} exists already; a fork needs a new id. Delete that session, or choose another id."
+        ) from error
+
+
+def make_checkpoint(source: SessionFolder, name: str) -> None:
+    """Keep a session as it stands, under a name. All that it wrote so far must be on disk.
+
+    Raises:
+        SessionError: there is a checkpoint of that name.
+        StorageError: it could not be written; nothing of it is left.
+    """
+    target = source.paths.checkpoint(name).folder
+    with storage_errors(f"make the folder {target.parent}"):
+        target.parent.mkdir(exist_ok=True)
+    try:
+        _copy(source, target, {CHECKPOINT: {"name": name, "created_at": time.time()}}, with_index=False)
+    except FileExistsError as error:
+        raise SessionError(
+            f"there is a checkpoint {name!r} already. Choose another name, or drop it with "
+            f"session.drop_checkpoint({name!r})."
+        ) from error
+
+
+def checkpoints(paths: SessionPaths) -> list[CheckpointInfo]:
+    """The checkpoints of a session, oldest first.
+
+    Raises:
+        StorageError: one of them cannot be read.
+    """
+    return sorted(map(_describe, paths.checkpoint_folders()), key=lambda info: info.created_at)
+
+
+def restore_checkpoint(session: SessionFolder, name: str) -> None:
+    """Make a session what it was at a checkpoint, which stays. What was not kept in one is gone.
+
+    Files come first, the journal, in one transaction, last: after a crash the session is what it was, or what it
+    became.
+
+    Raises:
+        SessionError: there is no such checkpoint.
+        CorruptMemoryError: it is damaged; the session is as it was.
+    """
+    kept = require_checkpoint(session.paths, name)
+    opened = SqliteJournal.open(kept.journal, read_only=True)
+    try:
+        opened.verify()
+        segments = [record.name for record in opened.segments()]
+        snapshots = [record.name for record in opened.snapshots()]
+    finally:
+        opened.close()
+    _link(kept.segments, session.paths.segments, segments)
+    _link(kept.snapshots, session.paths.snapshots, snapshots)
+    session.drop_index()
+    session.journal.replace_with(kept.journal)
+    session.journal.set_meta(CHECKPOINT, None)
+    session.clean()
+
+
+def drop_checkpoint(session: SessionFolder, name: str) -> None:
+    """Remove a checkpoint. Raises SessionError if there is none of that name."""
+    remove_session(require_checkpoint(session.paths, name).folder)
+
+
+def require_checkpoint(paths: SessionPaths, name: str) -> SessionPaths:
+    """Where a checkpoint lies. Raises SessionError if there is none of that name."""
+    kept = paths.checkpoint(name)
+    if not kept.journal.exists():
+        known = ", ".join(repr(info.name) for info in checkpoints(paths)) or "none"
+        raise SessionError(f"there is no checkpoint {name!r}; there are: {known}.")
+    return kept
+
+
+def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_index: bool) -> None:
+    """Copy to a folder that is not there yet. Raises FileExistsError if it is."""
+    # a folder that holds no journal is what a session leaves that died before it began
+    if SessionPaths(target).journal.exists():
+        raise FileExistsError(target)
+    journal = source.journal
+    partial = SessionPaths(source.paths.partial())
+    try:
+        with storage_errors(f"copy the session to {target}"):
+            partial.folder.mkdir()
+        journal.copy_to(partial.journal)
+        _link(source.paths.segments, partial.segments, [record.name for record in journal.segments()])
+        _link(source.paths.snapshots, partial.snapshots, [record.name for record in journal.snapshots()])
+        with storage_errors(f"copy the session to {target}"):
+            if with_index and source.paths.index.is_dir():
+                shutil.copytree(source.paths.index, partial.index, copy_function=_link_file)
+        copy = SqliteJournal.open(partial.journal)
+        try:
+            for key, value in meta.items():
+                copy.set_meta(key, value)
+            if not with_index:
+                copy.set_indexed_through(0)
+        finally:
+            copy.close()
+        with storage_errors(f"copy the session to {target}"):
+            flush_folder(partial.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            os.rename(partial.folder, target)
+            flush_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(partial.folder, ignore_errors=True)
+        raise
+
+
+def _link(source: Path, target: Path, names: list[str]) -> None:
+    with storage_errors(f"copy {source} to {target}"):
+        target.mkdir(exist_ok=True)
+        for name in names:
+            try:
+                link_or_copy(source / name, target / name)
+            except FileNotFoundError as error:
+                raise CorruptMemoryError(
+                    f"{source / name} is missing, though its journal names it. Run: memtier doctor --rebuild"
+                ) from error
+        flush_folder(target)
+
+
+def _link_file(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))
+
+
+def _describe(kept: SessionPaths) -> CheckpointInfo:
+    journal = SqliteJournal.open(kept.journal, read_only=True)
+    try:
+        about = journal.get_meta(CHECKPOINT)
+        if about is None:
+            raise CorruptMemoryError(f"{kept.folder} does not say which checkpoint it is. Remove that folder.")
+        return CheckpointInfo(name=about["name"], position=journal.position, created_at=about["created_at"])
+    finally:
+        journal.close()

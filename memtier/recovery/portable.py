@@ -1,0 +1,300 @@
+"""One session as one file, to be moved: tokens, turns, blocks and snapshots, each part with its hash; no pickle.
+
+    8 bytes   "memtier\\0"
+    4 bytes   format, little endian
+    8 bytes   length of the header, little endian
+    16 bytes  BLAKE2b of the header
+    header    JSON: what the parts are, the turns, whose model wrote them
+    parts     one after another: token ids as int32, then segments, then snapshots
+
+Whoever made a file may have meant harm. Its header is read into a strict schema; sizes must add up to the file's before
+anything is read by them; names on disk are never taken from it; a segment must be, byte for byte, what packing its own
+blocks gives; the journal is written anew from the turns. A hash says that a file is whole, not who made it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memtier.blocks import MemorySettings
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError
+from memtier.folder import EDITION, META, SessionFolder, check_writer
+from memtier.folder import FORMAT as SESSION_FORMAT
+from memtier.tiers.weights import WeightsTier
+from memtier_backends.base import DIGEST_BYTES, SnapshotRecord
+from memtier_backends.files import TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.layout import SessionPaths
+from memtier_backends.lock import SessionLock
+from memtier_backends.segments import FileSegmentStore, content_hash, parse_segment
+
+__all__ = ["export_session", "exported_id", "import_session"]
+
+MAGIC = b"memtier\0"
+FORMAT = 1
+PREFIX = len(MAGIC) + 4 + 8 + DIGEST_BYTES
+COMMIT_TOKENS = 512
+
+Count = Field(ge=0, le=2**53)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class _Part(_Strict):
+    kind: Literal["tokens", "segment", "snapshot"]
+    size: int = Count
+    hash: str = Field(pattern=rf"^[0-9a-f]{{{2 * DIGEST_BYTES}}}$")
+    position: int = Count  # of a snapshot
+    blocks: int = Count  # that a snapshot needs
+
+
+class _Turn(_Strict):
+    role: str
+    source: str | None
+    metadata: dict[str, Any]
+    created_at: float
+    retrieval: Literal["on", "off", "random", "recent"]
+    span_blocks: int = Count
+    end: int = Count
+    text: str | None
+
+
+class _Header(_Strict):
+    id: str
+    created_at: float
+    lineage: str
+    edition: str
+    model: dict[str, Any]
+    memory: dict[str, Any]
+    turns: list[_Turn]
+    marks: list[int]
+    parts: list[_Part] = Field(min_length=1)
+
+
+def export_session(session: SessionFolder, path: Path) -> None:
+    """Write a session to a new file, which appears whole. All that it wrote so far must be on disk.
+
+    Raises:
+        SessionError: there is such a file.
+        StorageError: it cannot be written, or a part of the session cannot be read.
+    """
+    if path.exists():
+        raise SessionError(f"{path} exists; an export never overwrites. Choose another name, or remove that file.")
+    header, tokens = _header_of(session)
+    encoded = header.model_dump_json().encode()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    with storage_errors(f"export the session to {path}"):
+        try:
+            with temporary.open("xb") as file:
+                prefix = MAGIC + FORMAT.to_bytes(4, "little") + len(encoded).to_bytes(8, "little")
+                file.write(prefix + _digest(encoded) + encoded + tokens)
+                for store, record in _files(session):
+                    data = store.get(record.name)
+                    if content_hash(data) != record.hash:
+                        raise CorruptMemoryError(f"{record.name} is damaged. Run: memtier doctor --rebuild")
+                    file.write(data)
+                file.flush()
+                flush(file.fileno())
+            os.replace(temporary, path)
+            flush_folder(path.absolute().parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def import_session(
+    path: Path, folder: Path, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings
+) -> None:
+    """Make a session of an exported file, in the folder of one that is not there yet. The journal is written last.
+
+    Raises:
+        SessionError: there is such a session, or no such file.
+        IncompatibleMemoryError: another model, other sizes or another format; names the field.
+        CorruptMemoryError: the file is not as it was written.
+    """
+    where = f"the exported session {path}"
+    with _opened(path) as file:
+        header = _read_header(file, where)
+        meta = {
+            "format": SESSION_FORMAT,
+            "created_at": header.created_at,
+            "lineage": header.lineage,
+            "model": header.model,
+        }
+        meta |= {"memory": header.memory, **identity}
+        try:
+            check_writer(meta, weights, settings, where)
+        except MemtierError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:
+            raise CorruptMemoryError(f"{where} does not say which model wrote it: {error!r}.") from error
+        with SessionLock.acquire(folder):
+            paths = SessionPaths(folder)
+            if paths.journal.exists():
+                raise SessionError(
+                    f"session {identity['id']!r} exists already. Give another id, or delete that session first."
+                )
+            scratch = paths.partial()
+            try:
+                scratch.mkdir()
+                _fill(file, header, meta, paths, scratch / "journal.sqlite3", where)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(scratch)
+
+
+def exported_id(path: Path) -> str:
+    """The id that the session of an exported file had. Raises as `import_session`."""
+    with _opened(path) as file:
+        return _read_header(file, f"the exported session {path}").id
+
+
+def _header_of(session: SessionFolder) -> tuple[_Header, bytes]:
+    journal = session.journal
+    meta, position = journal.get_meta(META), journal.position
+    tokens = journal.tokens(0, position).astype("<i4").tobytes()
+    parts = [_Part(kind="tokens", size=len(tokens), hash=content_hash(tokens), position=0, blocks=0)]
+    parts += [_Part(kind="segment", size=m.size, hash=m.hash, position=0, blocks=0) for m in journal.segments()]
+    parts += [
+        _Part(kind="snapshot", size=s.size, hash=s.hash, position=s.position, blocks=s.blocks)
+        for s in journal.snapshots()
+    ]
+    turns = [
+        _Turn(
+            role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
+            retrieval=turn.retrieval,  # pyright: ignore[reportArgumentType]  checked when the turn began
+            span_blocks=turn.span_blocks, end=turn.end, text=turn.text,
+        )
+        for turn in journal.turns()
+    ]  # fmt: skip
+    header = _Header(
+        id=meta["id"], created_at=meta["created_at"], lineage=meta["lineage"], edition=session.edition,
+        model=meta["model"], memory=meta["memory"], turns=turns, marks=journal.marks(0, position), parts=parts,
+    )  # fmt: skip
+    return header, tokens
+
+
+def _files(session: SessionFolder) -> Iterator[tuple[Any, Any]]:
+    for manifest in session.journal.segments():
+        yield session.segments, manifest
+    for record in session.journal.snapshots():
+        yield session.snapshots, record
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise SessionError(f"there is no file {path}. Give one that session.export wrote.") from error
+    with storage_errors(f"read {path}"), file:
+        yield file
+
+
+def _read_header(file: BinaryIO, where: str) -> _Header:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(PREFIX)
+    if len(prefix) < PREFIX or not prefix.startswith(MAGIC):
+        raise CorruptMemoryError(f"{where} was not written by session.export, or is cut off within its first bytes.")
+    version = int.from_bytes(prefix[8:12], "little")
+    if version != FORMAT:
+        raise IncompatibleMemoryError(
+            f"{where} has format {version}; this version of memtier reads format {FORMAT}. Export it again."
+        )
+    length = int.from_bytes(prefix[12:20], "little")
+    if length > size - PREFIX:
+        raise CorruptMemoryError(f"{where} has {size} bytes, and its header alone says {length}: it is cut off.")
+    encoded = file.read(length)
+    if _digest(encoded) != prefix[20:]:
+        raise CorruptMemoryError(f"{where} is damaged: its header does not have the hash that was written.")
+    try:
+        header = _Header.model_validate_json(encoded)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CorruptMemoryError(
+            f"{where} has a header that is none: {'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from error
+    told = PREFIX + length + sum(part.size for part in header.parts)
+    if told != size:
+        raise CorruptMemoryError(f"{where} has {size} bytes, and its parts say {told}: it is cut off or was changed.")
+    return header
+
+
+def _fill(
+    file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, scratch: Path, where: str
+) -> None:
+    tokens, *rest = header.parts
+    if tokens.kind != "tokens" or tokens.size % 4 or any(part.kind == "tokens" for part in rest):
+        raise CorruptMemoryError(f"{where} does not begin with its tokens.")
+    ids = np.frombuffer(_read_part(file, tokens, where), "<i4")
+    journal = SqliteJournal.open(scratch, scratch=True)
+    try:
+        journal.set_meta(META, meta)
+        journal.set_meta(EDITION, header.edition)
+        _fill_turns(journal, header, ids, where)
+        segments, snapshots = FileSegmentStore(paths.segments), FileSegmentStore(paths.snapshots)
+        sizes = header.memory["span_block_tokens"]
+        for number, part in enumerate(rest):
+            data = _read_part(file, part, where)
+            if part.kind == "segment":
+                manifest = parse_segment(data, f"part {number + 1} of {where}")
+                if manifest.end - manifest.start != manifest.blocks * sizes:
+                    raise CorruptMemoryError(f"part {number + 1} of {where} has blocks of another size than {sizes}.")
+                segments.put(manifest.name, data)
+                journal.add_segment(manifest)
+            else:
+                name = f"{part.position:012d}-{part.hash[:16]}.safetensors"
+                snapshots.put(name, data)
+                journal.add_snapshot(SnapshotRecord(part.position, name, part.size, part.hash, part.blocks))
+        journal.copy_to(paths.journal)
+    except ValueError as error:
+        # ConfigError of the journal: spans, ids or blocks that do not follow one another
+        raise CorruptMemoryError(f"{where} contradicts itself: {error}") from error
+    finally:
+        journal.close()
+
+
+def _fill_turns(journal: SqliteJournal, header: _Header, ids: np.ndarray, where: str) -> None:
+    marks = set(header.marks)
+    if header.marks != sorted(marks):
+        raise CorruptMemoryError(f"{where} has marks that do not ascend.")
+    start = 0
+    for turn in header.turns:
+        if not start < turn.end <= ids.size:
+            raise CorruptMemoryError(f"{where} has a turn that ends at {turn.end}, after {start} of {ids.size} tokens.")
+        number = journal.begin_turn(
+            role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
+            retrieval=turn.retrieval, span_blocks=turn.span_blocks,
+        )  # fmt: skip
+        low, high = bisect_left(header.marks, start), bisect_left(header.marks, turn.end)
+        cuts = {mark + 1 for mark in header.marks[low:high]}
+        edges = sorted({*range(start + COMMIT_TOKENS, turn.end, COMMIT_TOKENS), *cuts, turn.end})
+        for end in edges:
+            text = turn.text if end == turn.end else None
+            journal.commit(number, ids[start:end], text=text, mark=end - 1 in marks)
+            start = end
+    if start != ids.size:
+        raise CorruptMemoryError(f"{where} has {ids.size} tokens, and its turns hold {start}.")
+
+
+def _read_part(file: BinaryIO, part: _Part, where: str) -> bytes:
+    data = file.read(part.size)
+    if content_hash(data) != part.hash:
+        raise CorruptMemoryError(f"{where} is damaged: a {part.kind} does not have the hash that was written.")
+    return data
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from memtier.generation import Generation as Generation
     from memtier.listing import list_sessions as list_sessions
     from memtier.reports import BlockContent as BlockContent
+    from memtier.reports import CheckpointInfo as CheckpointInfo
     from memtier.reports import MemoryReport as MemoryReport
     from memtier.reports import ObserveReport as ObserveReport
     from memtier.reports import RuntimeStats as RuntimeStats
     from memtier.reports import SessionInfo as SessionInfo
     from memtier.reports import SessionStats as SessionStats
+    from memtier.reports import TurnInfo as TurnInfo
     from memtier.runtime import Runtime as Runtime
     from memtier.runtime import open as open
     from memtier.session import Session as Session
@@ -63,11 +65,13 @@ _HOMES = {
     "memtier.generation": ("Generation",),
     "memtier.reports": (
         "BlockContent",
+        "CheckpointInfo",
         "MemoryReport",
         "ObserveReport",
         "RuntimeStats",
         "SessionInfo",
         "SessionStats",
+        "TurnInfo",
     ),
     "memtier.listing": ("list_sessions",),
     "memtier.runtime": ("Runtime", "open"),
@@ -78,6 +82,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BlockContent",
+    "CheckpointInfo",
     "ConfigError",
     "CorruptMemoryError",
     "Generation",
@@ -102,6 +107,7 @@ __all__ = [
     "SyncGeneration",
     "SyncRuntime",
     "SyncSession",
+    "TurnInfo",
     "list_sessions",
     "open",
     "open_sync",

@@ -17,6 +17,7 @@ import typer
 
 import memtier
 from memtier.cli_bench import bench
+from memtier.cli_memory import memory
 from memtier.cli_options import (
     DEFAULT_HOT_BYTES,
     DEFAULT_STORE,
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 train = typer.Typer(help="Train a model by one of memtier's own recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(memory)
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
 

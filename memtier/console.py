@@ -16,9 +16,20 @@ from rich.table import Table
 if TYPE_CHECKING:
     from memtier.bench.demo import OnProgress
     from memtier.blocks import MemoryHit
-    from memtier.reports import MemoryReport, SessionInfo
+    from memtier.reports import CheckpointInfo, MemoryReport, SessionInfo, TurnInfo
 
-__all__ = ["emit_json", "progress", "show_demo", "show_hits", "show_memory", "show_sessions", "show_values", "size"]
+__all__ = [
+    "emit_json",
+    "progress",
+    "show_checkpoints",
+    "show_demo",
+    "show_hits",
+    "show_memory",
+    "show_sessions",
+    "show_turns",
+    "show_values",
+    "size",
+]
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
@@ -94,6 +105,32 @@ def show_sessions(sessions: Iterable[SessionInfo]) -> None:
         Console().print("This store holds no session.")
         return
     _print(None, ("session", "tokens", "turns", "blocks", "on disk", "last written"), rows)
+
+
+def show_turns(turns: Iterable[TurnInfo]) -> None:
+    """The turns of a session, oldest first; long ones cut."""
+    rows = [
+        (
+            str(turn.turn),
+            turn.role,
+            f"{turn.start:,}–{turn.end:,}",
+            _when(turn.created_at),
+            turn.source or "",
+            turn.text,
+        )
+        for turn in turns
+    ]
+    shown = [(*row[:-1], row[-1] if len(row[-1]) <= 200 else row[-1][:200] + "…") for row in rows]
+    _print(None, ("turn", "role", "tokens", "when", "source", "text"), shown)
+
+
+def show_checkpoints(checkpoints: Iterable[CheckpointInfo]) -> None:
+    """The checkpoints of a session, oldest first."""
+    _print(
+        None,
+        ("checkpoint", "tokens", "when"),
+        [(info.name, f"{info.position:,}", _when(info.created_at)) for info in checkpoints],
+    )
 
 
 def show_memory(memory: MemoryReport) -> None:

@@ -179,9 +179,10 @@ class Session:
             StorageError: memory could not be read or written.
         """
         async with self.exclusive(None, catch_up=False):
+            index = await self._updater.index()
             await self._updater.flush()
             return await find(
-                query, k, timeline=self.timeline, index=await self._updater.index(), codec=self._weights.codec,
+                query, k, timeline=self.timeline, index=index, codec=self._weights.codec,
                 block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self._updater.indexed,
                 edition=self._edition,
             )  # fmt: skip

@@ -145,7 +145,12 @@ class Updater:
         async with self._index_lock:
             if self._index is None:
                 sizes = [self._storage.block_shape[2] * self._storage.block_shape[3]] * len(self._storage.layers)
-                self._index = await self._folder.backends.index(self._folder.paths.index, sizes)
+                index = await self._folder.backends.index(self._folder.paths.index, sizes)
+                if await index.count() < self.indexed:
+                    log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
+                    await self._history.call(self._folder.journal.set_indexed_through, 0)
+                    self.indexed = 0
+                self._index = index
             return self._index
 
     def stop(self) -> None:

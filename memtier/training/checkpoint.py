@@ -112,8 +112,8 @@ def _copy_weights(path: Path, tensors: dict[str, torch.Tensor], model: torch.nn.
 
 
 def _model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and lasting buffers, tied ones once."""
+    """Parameters that are trained and lasting buffers, tied ones once."""
     lasting = model.state_dict().keys()
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in lasting}
     return tensors

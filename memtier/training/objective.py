@@ -67,7 +67,9 @@ def read_losses(
     if len(at) < len(targets):
         hidden, targets = hidden[at.to(hidden.device)], targets[at]
     if len(at):
-        loss = cross_entropy(model.lm_head(hidden).float(), targets.to(hidden.device))
+        logits = model.lm_head(hidden)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = cross_entropy(wide, targets.to(hidden.device))
     else:
         loss = hidden.sum()  # of nothing: 0, and a part of the graph
     return Losses(

@@ -33,10 +33,14 @@ class TrainingProgress:
     ) -> None:
         self._bar.stop()
 
+    def tell(self, progress: float, state: str) -> None:
+        """Draw a share of the run, 0 to 1, and a line about it."""
+        self._bar.update(self._task, completed=progress, state=state)
+
     def show(self, row: LogRow) -> None:
-        """Draw one row of the log."""
+        """Draw one row of nano's log."""
         state = (
             f"step {row.step}  level {row.level}  loss {row.loss:.3f}  text {row.text_bpb:.2f} bits/byte"
             f"  answers {row.answer_accuracy:.0%} (far {row.far_accuracy:.0%})  {row.tokens_per_second:.0f} bytes/s"
         )
-        self._bar.update(self._task, completed=row.progress, state=state)
+        self.tell(row.progress, state)

@@ -292,6 +292,6 @@ def test_the_recipe_begins_short_and_ends_at_the_task():
     task, recipe = RecallTask("mqar", pairs=8, tokens=256, gap=168), Recipe(steps=100, short_share=0.75)
     assert [recipe.task_at(task, step).tokens for step in (0, 74, 75, 99)] == [48, 48, 256, 256]
     assert recipe.task_at(task, 0).gap == 16
-    rates = [recipe.rate(step) for step in range(100)]
+    rates = [recipe.plan.rate(step) for step in range(100)]
     assert max(rates) == pytest.approx(recipe.learning_rate)
     assert rates[0] < rates[5] < rates[10] and rates[99] < 0.01 * recipe.learning_rate

@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from memtier.errors import ConfigError, CorruptMemoryError
+from memtier.models.bmojo import BMojoConfig
 from memtier.training.recall.models import ModelSize, Variant, recall_config
 from memtier.training.recall.tasks import Fillers, RecallTask, TaskName
 from memtier.training.recall.train import Recipe, RunResult, run_recall
@@ -55,16 +56,19 @@ class Cell:
         """What tells this cell from all others, as text."""
         return "/".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name != "priority")
 
-    def run(self, device: str, on_progress: Callable[[int, int], None] | None = None) -> RunResult:
-        """Train and ask; see `run_recall`."""
+    def parts(self) -> tuple[BMojoConfig, RecallTask, Recipe]:
+        """The model, the task and how it is trained."""
         config = recall_config(
             self.variant, ModelSize(width=self.width, heads=self.heads), vocabulary=self.vocabulary,
             eidetic_tokens=self.eidetic_tokens, rule=self.rule,
         )  # fmt: skip
         task = RecallTask(self.task, self.pairs, self.tokens, self.gap, self.vocabulary, self.fillers)
-        recipe = Recipe(self.steps, self.batch_tokens, self.learning_rate)
+        return config, task, Recipe(self.steps, self.batch_tokens, self.learning_rate)
+
+    def run(self, device: str, on_progress: Callable[[int, int], None] | None = None) -> RunResult:
+        """Train and ask; see `run_recall`."""
         return run_recall(
-            config, task, recipe, seed=self.seed, device=device, long_tokens=self.long_tokens, on_progress=on_progress
+            *self.parts(), seed=self.seed, device=device, long_tokens=self.long_tokens, on_progress=on_progress
         )
 
 

@@ -9,22 +9,26 @@ device is a function of its cell.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
+from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
-from memtier.errors import ModelError
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
+from memtier.training.course import Lesson, SpanDraw
+from memtier.training.fit import FitReport, FitRow, FitSettings, fit
+from memtier.training.objective import NO_TARGET
 from memtier.training.recall.models import memory_bytes
 from memtier.training.recall.selectors import NotingSelector, SpanRule
 from memtier.training.recall.tasks import RecallTask
 
-__all__ = ["Asked", "Recipe", "RunResult", "ask", "run_recall"]
+__all__ = ["Asked", "RecallCourse", "Recipe", "RunResult", "ask", "ask_both", "run_recall", "train_model"]
 
 # tokens of a step in which a long sequence is read at evaluation
 STEP_TOKENS = 512
@@ -40,6 +44,8 @@ class Recipe:
             slots a pair.
         slots_share: part of the steps in which a model with a span has such slots instead of it.
         dense_until: part of the steps after which the span is the chosen blocks, not every sealed token.
+        span: sizes of the span, drawn anew for each step.
+        fit: the optimizer's side; its `steps` and `learning_rate` are those given here.
         eval_rows: sequences of an evaluation.
     """
 
@@ -50,18 +56,14 @@ class Recipe:
     short_gap: int = 16
     slots_share: float = 0.4
     dense_until: float = 0.85
-    warmup_share: float = 0.1
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
+    span: SpanDraw = field(default_factory=SpanDraw)
+    fit: FitSettings = field(default_factory=lambda: FitSettings(weight_decay=0.01, precision="float32"))
     eval_rows: int = 256
 
-    def rate(self, step: int) -> float:
-        """Learning rate: linear up, then a cosine to zero."""
-        progress, warm = step / self.steps, self.warmup_share
-        if progress < warm:
-            return self.learning_rate * (step + 1) / (warm * self.steps)
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (progress - warm) / (1.0 - warm)))
+    @property
+    def plan(self) -> FitSettings:
+        """What `fit` is given."""
+        return replace(self.fit, steps=self.steps, learning_rate=self.learning_rate)
 
     def task_at(self, task: RecallTask, step: int) -> RecallTask:
         """The task of one step: the short one first."""
@@ -69,6 +71,35 @@ class Recipe:
             return task
         least = RecallTask.least_tokens(task.name, task.pairs, self.short_gap, task.noise)
         return replace(task, gap=self.short_gap, tokens=least)
+
+
+@dataclass(frozen=True, slots=True)
+class RecallCourse:
+    """The lessons of one task, for a model whose own memory sizes are `memory`; see `memtier.training.course`."""
+
+    task: RecallTask
+    recipe: Recipe
+    memory: MemorySettings
+    seed: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Course`."""
+        recipe = {k: v for k, v in asdict(self.recipe).items() if k not in ("fit", "eval_rows")}
+        return {"recipe": "recall", "seed": self.seed, **asdict(self.task), **recipe, **asdict(self.memory)}
+
+    def lesson(self, step: int) -> Lesson:
+        """See `Course`."""
+        recipe, now = self.recipe, self.recipe.task_at(self.task, step)
+        memory, progress, few = self.memory, step / recipe.steps, 2 * self.task.pairs
+        if memory.memory_layers and progress < recipe.slots_share:
+            memory = replace(memory, memory_layers=(), eidetic_tokens=few)
+        elif now.tokens < self.task.tokens:
+            memory = replace(memory, eidetic_tokens=min(memory.eidetic_tokens, few))
+        dense = bool(memory.memory_layers) and progress < recipe.dense_until
+        batch = now.batch(self.seed, step, max(1, recipe.batch_tokens // now.tokens))
+        targets = np.where(batch.labels >= 0, batch.labels, NO_TARGET)
+        return Lesson(batch.tokens, targets, recipe.span.draw(memory, self.seed, step), dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,50 +146,47 @@ def run_recall(
     Raises:
         ModelError: the loss is not finite.
     """
+    begun, begun_wall = time.process_time(), time.monotonic()
+    on_step = None if on_progress is None else lambda step: on_progress(step, recipe.steps)
+    model, report = train_model(config, task, recipe, seed=seed, device=device, on_step=on_step)
+    seconds, wall = time.process_time() - begun, time.monotonic() - begun_wall
+    short, long = ask_both(model, task, recipe.eval_rows, long_tokens)
+    return RunResult(
+        short.accuracy, short.block_hit, long.accuracy, long.block_hit, report.loss, memory_bytes(config),
+        sum(p.numel() for p in model.parameters()), seconds, wall,
+    )  # fmt: skip
+
+
+def train_model(
+    config: BMojoConfig,
+    task: RecallTask,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str = "cpu",
+    out: Path | None = None,
+    resume: bool = True,
+    minutes: float | None = None,
+    on_row: Callable[[FitRow], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> tuple[BMojoForCausalLM, FitReport]:
+    """A new model, trained on one task; the options after `device` are those of `fit`."""
     torch.manual_seed(seed)
     model = BMojoForCausalLM(config)
     torch.nn.Module.to(model, device)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        betas=recipe.betas,
-    )
-    begun, begun_wall = time.process_time(), time.monotonic()
-    model.train()
-    slots, memory_layers = config.eidetic_tokens, config.memory_layers
-    tail: list[torch.Tensor] = []
-    for step in range(recipe.steps):
-        now, dense = _enter_stage(model.config, step, recipe, task, slots, memory_layers)
-        batch = now.batch(seed, step, max(1, recipe.batch_tokens // now.tokens))
-        tokens, labels = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.labels).to(device)
-        loss, task_loss = _loss(model, tokens, labels, dense)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip)
-        optimizer.step()
-        if step >= int(0.9 * recipe.steps):
-            tail.append(task_loss.detach())
-        if on_progress is not None:
-            on_progress(step + 1, recipe.steps)
-    model.config.eidetic_tokens, model.config.memory_layers = slots, memory_layers
-    last = float(torch.stack(tail).mean())
-    if not math.isfinite(last):
-        raise ModelError(f"the loss is {last} at the end of {recipe.steps} steps; lower learning_rate.")
-    seconds, wall = time.process_time() - begun, time.monotonic() - begun_wall
-    short = ask(model, task, recipe.eval_rows)
-    nan = float("nan")
-    long = Asked(nan, nan)
-    if long_tokens:
-        long = ask(model, replace(task, tokens=long_tokens), max(1, recipe.eval_rows // 8))
-    return RunResult(
-        short.accuracy, short.block_hit, long.accuracy, long.block_hit, last, memory_bytes(config),
-        sum(p.numel() for p in parameters), seconds, wall,
+    course = RecallCourse(task, recipe, config.memory_settings(), seed)
+    report = fit(
+        model, course, recipe.plan, out=out, resume=resume, minutes=minutes, on_row=on_row, on_step=on_step
     )  # fmt: skip
+    return model, report
+
+
+def ask_both(model: BMojoForCausalLM, task: RecallTask, rows: int, long_tokens: int) -> tuple[Asked, Asked]:
+    """Ask at the task's own length and, if `long_tokens` is not 0, with an eighth of the rows at that one."""
+    short, long = ask(model, task, rows), Asked(float("nan"), float("nan"))
+    if long_tokens:
+        long = ask(model, replace(task, tokens=long_tokens), max(1, rows // 8))
+    return short, long
 
 
 @torch.inference_mode()
@@ -190,31 +218,3 @@ def ask(model: BMojoForCausalLM, task: RecallTask, rows: int, *, span_rule: Span
     model.train(was_training)
     found = [hits[layer] / total[layer] for layer in total if total[layer]]
     return Asked(right / asked, max(found, default=float("nan")))
-
-
-def _enter_stage(
-    config: BMojoConfig, step: int, recipe: Recipe, task: RecallTask, slots: int, memory_layers: list[int] | None
-) -> tuple[RecallTask, bool]:
-    """Set the memories of one step in the model's own config; its task, and whether far attention is dense."""
-    now, progress, few = recipe.task_at(task, step), step / recipe.steps, 2 * task.pairs
-    config.memory_layers, config.eidetic_tokens = memory_layers, slots
-    if memory_layers and progress < recipe.slots_share:
-        config.memory_layers, config.eidetic_tokens = [], few
-    elif now.tokens < task.tokens:
-        config.eidetic_tokens = min(slots, few)
-    return now, bool(config.memory_layers) and progress < recipe.dense_until
-
-
-def _loss(
-    model: BMojoForCausalLM, tokens: torch.Tensor, labels: torch.Tensor, dense: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss with the auxiliary ones, and that of the questions alone. Only they go through the head."""
-    hidden, parts = model.model(model.model.embed_tokens(tokens), None, (), dense)
-    at = labels >= 0
-    task_loss = F.cross_entropy(model.lm_head(hidden[at]).float(), labels[at])
-    loss = task_loss
-    for weight, name in ((model.config.innovation_loss_weight, "innovation"), (model.config.span_loss_weight, "span")):
-        values = [v for part in parts if (v := getattr(part, name)) is not None]
-        if values:
-            loss = loss + weight * torch.stack(values).mean()
-    return loss, task_loss

@@ -32,6 +32,7 @@ from memtier.cli_options import (
     Threads,
     kept_or_temporary,
 )
+from memtier.cli_train import train
 from memtier.errors import ConfigError, MemtierError, StorageFullError
 
 __all__ = ["app", "main"]
@@ -43,7 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-train = typer.Typer(help="Train a model by one of memtier's own recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(memory)
 app.add_typer(bench, name="bench")
 app.add_typer(train, name="train")
@@ -229,30 +229,6 @@ def sessions(store: Store = DEFAULT_STORE, tenant: Tenant = "default", as_json: 
         emit_json({"store": str(store), "sessions": [info.model_dump(mode="json") for info in found]})
     else:
         show_sessions(found)
-
-
-@train.command("nano")
-def train_nano(
-    corpus: Annotated[Path, typer.Argument(help="Folder of .txt and .md files.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints.")],
-    seed: Annotated[int, typer.Option(help="Draws weights, text and facts.")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="Train for so long (default: the recipe's own time).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Train for so many steps instead.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint in --out.")] = True,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Train nano, the byte-level model that memtier ships, on a folder of text."""
-    from dataclasses import asdict
-
-    from memtier.console import emit_json, show_values
-    from memtier.training.nano import train_nano as run
-
-    report = asdict(
-        run(corpus, out, seed=seed, device=device, minutes=minutes, steps=steps, resume=resume,
-            show_progress=sys.stderr.isatty())
-    )  # fmt: skip
-    emit_json(report) if as_json else show_values("nano", report)
 
 
 def _pieces(file: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:

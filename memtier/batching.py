@@ -39,13 +39,11 @@ class DecodeBatcher:
     """Reads sampled tokens of many sessions, and samples their next.
 
     Args:
-        weights: the model.
-        model: its thread.
+        model: the model's thread.
         max_sessions: the most in one forward pass; 1 reads each alone.
     """
 
-    def __init__(self, weights: WeightsTier, model: WorkerThread, max_sessions: int) -> None:
-        self._weights = weights
+    def __init__(self, model: WorkerThread, max_sessions: int) -> None:
         self._model = model
         self._max_sessions = max_sessions
         self._waiting: list[_Request] = []
@@ -113,26 +111,27 @@ class DecodeBatcher:
         return len(here) >= self._max_sessions or all(reader in here for reader in self._last_round)
 
     def _read(self, requests: Sequence[_Request]) -> None:
-        together: dict[MemorySettings, list[_Request]] = defaultdict(list)
+        # one forward pass is under one adapter
+        together: dict[tuple[WeightsTier, MemorySettings], list[_Request]] = defaultdict(list)
         for request in requests:
             if request.unread is not None and (settings := request.reader.plain_settings(request.manner)) is not None:
-                together[settings].append(request)
-        for rows in together.values():
+                together[request.reader.weights, settings].append(request)
+        for (weights, _), rows in together.items():
             # in the order of the last round, so that states which lie together stay where they are
             rows.sort(key=lambda request: request.reader.number)
             if len(rows) > 1:
-                self._read_together(rows)
+                self._read_together(weights, rows)
         for request in requests:
             if not request.served:
                 if request.unread is not None:
                     self.sizes[1] += 1
                 request.serve(request.read_alone)
 
-    def _read_together(self, rows: Sequence[_Request]) -> None:
+    def _read_together(self, weights: WeightsTier, rows: Sequence[_Request]) -> None:
         """One forward pass; if it fails nothing has changed, and each row is left to be read alone."""
         try:
             batch = DecodeCache([cache for request in rows if (cache := request.reader.cache) is not None])
-            logits = self._weights.decode([request.unread or 0 for request in rows], batch)
+            logits = weights.decode([request.unread or 0 for request in rows], batch)
         except Exception as error:  # noqa: BLE001  each row, read alone, tells its own
             log.warning("a batch of %d sessions failed (%s); each is read alone", len(rows), error)
             return

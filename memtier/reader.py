@@ -83,6 +83,11 @@ class Reader:
         self.logits: torch.Tensor | None = None
 
     @property
+    def weights(self) -> WeightsTier:
+        """The model that it reads with, and the adapter."""
+        return self._weights
+
+    @property
     def position(self) -> int:
         """Tokens read."""
         return 0 if self.cache is None else self.cache.position

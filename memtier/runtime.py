@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +24,7 @@ from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError
 from memtier.folder import Backends
 from memtier.listing import describe_all, remove
+from memtier.models.adapters import Adapter
 from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
 from memtier.recovery.portable import exported_id, import_session
@@ -92,7 +96,7 @@ class Runtime:
             model = self._weights.config
             self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
             self._pool = await self._model_thread.run(self._make_pool)
-            self._batcher = DecodeBatcher(self._weights, self._model_thread, self._config.max_batch_sessions)
+            self._batcher = DecodeBatcher(self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()
             self._shared = Shared(
                 self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
@@ -134,20 +138,23 @@ class Runtime:
         if failures and error is None:
             raise failures[0]
 
-    async def session(self, session_id: str, *, reread: bool = False) -> Session:
+    async def session(self, session_id: str, *, adapter: str | Path | None = None, reread: bool = False) -> Session:
         """The session of that id: a new one, or the one that was, as far as its journal goes.
 
         Asked twice, the same object.
 
         Args:
             session_id: any text of at least one character.
+            adapter: folder of an adapter of the model (`memtier train hylora`, or peft's LoRA), which this session
+                reads with; None for the model alone. It is loaded once for all its sessions, and let go with the last.
             reread: read the journal's text again through another model. Not in this version.
 
         Raises:
-            ConfigError: an id that cannot be one.
+            ConfigError: an id that cannot be one; no adapter, or one of another model.
             SessionBusyError: another runtime holds it.
             SessionError: too many are open.
-            IncompatibleMemoryError: another model, other sizes or a newer format wrote it; names the field.
+            IncompatibleMemoryError: another model, another adapter, other sizes or a newer format wrote it; names the
+                field.
             CorruptMemoryError: its files are damaged.
         """
         self._check_open()
@@ -161,8 +168,10 @@ class Runtime:
             session = self._sessions.get(session_id)
             if session is None:
                 self._check_room()
-                session = await self._open_session(session_id, folder)
-                self._sessions[session_id] = session
+                async with self._under(adapter) as shared:
+                    session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
+            elif adapter is not None:
+                await self._model_thread.run(session.timeline.reader.weights.check_adapter, adapter, session_id)
         return session
 
     async def sessions(self) -> list[SessionInfo]:
@@ -171,12 +180,15 @@ class Runtime:
         open_ids = frozenset(self._sessions)
         return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
 
-    async def import_session(self, path: str | Path, session_id: str | None = None) -> Session:
+    async def import_session(
+        self, path: str | Path, session_id: str | None = None, *, adapter: str | Path | None = None
+    ) -> Session:
         """A session of a file that `Session.export` wrote, opened.
 
         Args:
             path: the file; nothing in it is trusted.
             session_id: None for the id that it had.
+            adapter: folder of the adapter that wrote it; see `session`.
 
         Raises:
             SessionError: there is such a session, no such file, or too many are open.
@@ -194,8 +206,9 @@ class Runtime:
             self._check_room()
             if session_id in self._sessions:
                 raise SessionError(f"session {session_id!r} is open. Give another id, or delete that session first.")
-            await self._journal_thread.run(import_session, path, folder, identity, self._weights, self._settings)
-            session = self._sessions[session_id] = await self._open_session(session_id, folder)
+            async with self._under(adapter) as shared:
+                await self._journal_thread.run(import_session, path, folder, identity, shared.weights, self._settings)
+                session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
         return session
 
     async def delete_session(self, session_id: str) -> None:
@@ -243,8 +256,21 @@ class Runtime:
 
     # -- private
 
-    async def _open_session(self, session_id: str, folder: Path) -> Session:
-        shared = self._shared
+    @asynccontextmanager
+    async def _under(self, adapter: str | Path | Adapter | None) -> AsyncGenerator[Shared]:
+        """What is shared, with the model under an adapter; the session that is opened inside gives that back."""
+        if adapter is None:
+            yield self._shared
+            return
+        weights = await self._model_thread.run(self._weights.attach, adapter)
+        try:
+            yield replace(self._shared, weights=weights)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self._model_thread.run(weights.release)
+            raise
+
+    async def _open_session(self, session_id: str, folder: Path, shared: Shared) -> Session:
         opened = await shared.open_folder(session_id, folder)
         try:
             parts = await shared.assemble(session_id, opened)
@@ -270,7 +296,8 @@ class Runtime:
         async with self._opening.setdefault(session_id, anyio.Lock()):
             self._check_room()
             await source.fork_to(folder, session_id)
-            session = self._sessions[session_id] = await self._open_session(session_id, folder)
+            async with self._under(source.timeline.reader.weights.adapter) as shared:
+                session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
         return session
 
     def _check_room(self) -> None:

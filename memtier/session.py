@@ -419,6 +419,7 @@ class Session:
         try:
             await self._shared.journal.run(self._folder.close)
         finally:
+            await self.model_thread.run(self._weights.release)
             self._on_close(self)
 
     def _check_open(self) -> None:

@@ -1,7 +1,8 @@
-"""The weights tier: a model and its tokenizer, their fingerprint, and one step through them.
+"""The weights tier: a model and its tokenizer, perhaps under an adapter, their fingerprint, and one step through them.
 
-A fingerprint is made of the model's configuration, the names and shapes of its tensors, a few values of each, and the
-tokenizer. Neither device nor dtype is part of it: values are compared after rounding to the coarser of the two dtypes.
+A fingerprint is made of the model's configuration, the names and shapes of its tensors, a few values of each, the
+tokenizer and the adapter. Neither device nor dtype is part of it: values are compared after rounding to the coarser of
+the two dtypes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
+from memtier.models.adapters import Adapter, AdapterSet, read_adapter
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 from memtier.reports import WeightsReport
 from memtier.text import TextCodec
@@ -35,6 +37,7 @@ log = logging.getLogger("memtier")
 VALUES_A_TENSOR = 4
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Names, paths and library versions say nothing about what the model computes.
+NO_ADAPTER = "none"
 NOT_FINGERPRINTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
@@ -45,10 +48,16 @@ class WeightsTier:
         model: the model; it is put into eval mode until `close`.
         codec: its text codec.
         name: what reports call it.
+        own: nobody else holds the model, so that adapters may change it; else they get a copy of it.
     """
 
-    def __init__(self, model: BMojoForCausalLM, codec: TextCodec, name: str) -> None:
-        self.model = model
+    def __init__(self, model: BMojoForCausalLM, codec: TextCodec, name: str, *, own: bool = False) -> None:
+        self.model = self._given = model
+        self._own = own
+        self.adapter: Adapter | None = None
+        self._adapters: AdapterSet | None = None
+        self._views: dict[str, WeightsTier] = {}
+        self._uses = 0
         self.config: BMojoConfig = model.config
         self.codec = codec
         self.name = name
@@ -57,10 +66,12 @@ class WeightsTier:
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype
         self.fingerprint = _fingerprint(model, codec.tokenizer)
+        self._size = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
         end = model.config.eos_token_id
         self.end_tokens = frozenset([end] if isinstance(end, int) else end or ())
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls, model: str | Path | Any, tokenizer: Any = None, device: str = "auto", dtype: str = "auto"
     ) -> WeightsTier:
@@ -84,10 +95,11 @@ class WeightsTier:
         if not isinstance(loaded, BMojoForCausalLM):
             raise ConfigError(_not_bmojo(name, type(loaded).__name__))
         wanted_dtype = loaded.dtype if dtype == "auto" else DTYPES[dtype]
-        wanted_device = _device(device, loaded, given=loaded is model)
+        given = loaded is model
+        wanted_device = _device(device, loaded, given=given)
         if (wanted_dtype, wanted_device) != (loaded.dtype, loaded.device):
             try:
-                loaded = copy.deepcopy(loaded) if loaded is model else loaded
+                loaded, given = copy.deepcopy(loaded) if given else loaded, False
                 loaded = loaded.to(device=wanted_device, dtype=wanted_dtype)  # pyright: ignore[reportCallIssue]
             except (RuntimeError, AssertionError) as error:
                 raise ConfigError(f"device {device!r} cannot take the model: {error}. Try device='cpu'.") from error
@@ -96,7 +108,42 @@ class WeightsTier:
         codec = TextCodec(
             tokenizer if tokenizer is not None else own, loaded.config.vocab_size, loaded.config.bos_token_id
         )
-        return cls(loaded, codec, name)
+        return cls(loaded, codec, name, own=not given)
+
+    @torch.inference_mode(False)
+    def attach(self, adapter: str | Path | Adapter) -> WeightsTier:
+        """This model under an adapter: the same object for each session that uses it. To be given back by `release`.
+
+        Runs on the model thread. A model that was passed in as an object is copied when its first adapter comes.
+
+        Args:
+            adapter: its folder, or what was read from there.
+
+        Raises:
+            ConfigError: no adapter, or one of another model; or peft is missing.
+        """
+        adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+        view = self._views.get(adapter.digest)
+        if view is None:
+            if not self._own:
+                self.model, self._own = copy.deepcopy(self.model), True
+            if self._adapters is None:
+                self._adapters = AdapterSet(self.model)
+            self._adapters.add(adapter)
+            view = copy.copy(self)
+            view.adapter, view.fingerprint = adapter, {**self.fingerprint, "adapter": adapter.digest}
+            self._views[adapter.digest] = view
+        view._uses += 1
+        return view
+
+    def release(self) -> None:
+        """A session that used this adapter is closed; the adapter is unloaded after the last. On the model thread."""
+        if self.adapter is None or self._adapters is None:
+            return
+        self._uses -= 1
+        if not self._uses:
+            del self._views[self.adapter.digest]
+            self._adapters.remove(self.adapter.digest)
 
     def step(self, ids: torch.Tensor, cache: TieredCache, keep: int) -> torch.Tensor:
         """One forward pass.
@@ -151,6 +198,7 @@ class WeightsTier:
                     f"{where} was written by another model: {field} is {stored[field]}, expected "
                     f"{self.fingerprint[field]} of {self.name!r}. {hint} Open it with the model that wrote it."
                 )
+        self._check_digest(stored.get("adapter", NO_ADAPTER), where)
         if not _same_values(stored, self.fingerprint):
             raise IncompatibleMemoryError(
                 f"{where} was written by another model: values of its weights differ from those of {self.name!r}, "
@@ -159,25 +207,49 @@ class WeightsTier:
         if stored["dtype"] != self.fingerprint["dtype"]:
             log.warning("%s was written in %s and is read in %s", where, stored["dtype"], self.fingerprint["dtype"])
 
+    def check_adapter(self, adapter: str | Path, session_id: str) -> None:
+        """Refuse an adapter that is not the one in use.
+
+        Raises:
+            ConfigError: it is no adapter.
+            IncompatibleMemoryError: it is another one.
+        """
+        digest, used = read_adapter(adapter).digest, self.fingerprint["adapter"]
+        if digest != used:
+            raise IncompatibleMemoryError(
+                f"session {session_id!r} is open, and its adapter is {used}; {str(adapter)!r} is {digest}. Close the "
+                f"session first, and open it with the adapter that wrote it."
+            )
+
+    def _check_digest(self, stored: str, where: str) -> None:
+        if stored != self.fingerprint["adapter"]:
+            raise IncompatibleMemoryError(
+                f"{where} was written under another adapter: adapter is {stored}, expected "
+                f"{self.fingerprint['adapter']}. Keys and values made under one adapter mean nothing under another: "
+                f"open it with the adapter that wrote it, or observe the text again under another id."
+            )
+
     def _logits(self, ids: torch.Tensor, cache: TieredCache | DecodeCache, keep: int) -> torch.Tensor:
+        if self._adapters is not None:
+            self._adapters.use(None if self.adapter is None else self.adapter.digest)
         logits = self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=keep).logits
         return logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def report(self) -> WeightsReport:
         """What `inspect` shows of this tier."""
-        parameters = list(self.model.parameters())
         return WeightsReport(
             name=self.name,
-            parameters=sum(p.numel() for p in parameters),
-            bytes=sum(p.numel() * p.element_size() for p in parameters),
+            parameters=sum(numbers for numbers, _ in self._size),
+            bytes=sum(size for _, size in self._size),
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
             fingerprint=_digest(json.dumps(self.fingerprint, sort_keys=True).encode()),
+            adapters=() if self.adapter is None else (self.adapter.name,),
         )
 
     def close(self) -> None:
         """Give the model back as it came."""
-        self.model.train(self._was_training)
+        self._given.train(self._was_training)
 
 
 def _load(model: str | Path) -> tuple[PreTrainedModel, Any]:
@@ -247,6 +319,7 @@ def _fingerprint(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
         "values": base64.b64encode(torch.cat(picked).numpy().tobytes()).decode(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": _tokenizer_digest(tokenizer),
+        "adapter": NO_ADAPTER,
     }
 
 

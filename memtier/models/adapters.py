@@ -113,7 +113,7 @@ def inject(model: BMojoForCausalLM, config: Any, name: str) -> Any:
     """
     if hasattr(model, "peft_config"):
         raise ConfigError("this model carries adapters already. Give one without, or load it by name.")
-    with _told_clearly():
+    with _ToldClearly():
         return find_peft().LoraModel(model, config, name)
 
 
@@ -155,7 +155,7 @@ class AdapterSet:
                 if fresh:
                     self._tuner = inject(self._model, adapter.config, name)
                 else:
-                    with _told_clearly():
+                    with _ToldClearly():
                         self._tuner.peft_config[name] = adapter.config
                         self._tuner.inject_adapter(self._model, name)
                 self._fill(adapter, name)
@@ -165,8 +165,8 @@ class AdapterSet:
                 raise
             self._full[adapter.digest] = full
             self._base.update({path: self._parameters[path].data for path in full if path not in self._base})
-        self._used = "?"
-        self.use(None)
+        # a fresh adapter may be the active one
+        self._switch(None)
 
     def remove(self, digest: str) -> None:
         """Let go of an adapter; the last one leaves the model as it came."""
@@ -177,8 +177,10 @@ class AdapterSet:
 
     def use(self, digest: str | None) -> None:
         """Read with this adapter from now on; None for the model alone."""
-        if digest == self._used:
-            return
+        if digest != self._used:
+            self._switch(digest)
+
+    def _switch(self, digest: str | None) -> None:
         with torch.inference_mode(False), torch.no_grad():
             if self._tuner is not None:
                 if digest is None:
@@ -214,7 +216,8 @@ class AdapterSet:
         if set(self._tuner.peft_config) <= {name}:
             self._tuner.unload()
             self._tuner = None
-            del self._model.peft_config
+            # some releases of peft leave it there
+            self._model.__dict__.pop("peft_config", None)
         else:
             self._tuner.delete_adapter(name)
 
@@ -232,7 +235,7 @@ def _other_model(adapter: Adapter, path: str, tensor: torch.Tensor | None, ours:
     )
 
 
-class _told_clearly:
+class _ToldClearly:
     """peft's refusal of a configuration, as ours."""
 
     def __enter__(self) -> None:

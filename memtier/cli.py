@@ -21,6 +21,7 @@ from memtier.cli_memory import memory
 from memtier.cli_options import (
     DEFAULT_HOT_BYTES,
     DEFAULT_STORE,
+    Adapter,
     Device,
     HotBytes,
     Json,
@@ -119,6 +120,7 @@ def stream(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -128,7 +130,7 @@ def stream(
 
     total = check_utf8(file)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime, progress() as on_progress:
-        reader = runtime.session(session or file.stem)
+        reader = runtime.session(session or file.stem, adapter=adapter)
         read = reader.observe(
             _pieces(file, lambda done: on_progress("streaming", done, total)), role=role, source=source or str(file)
         )
@@ -152,6 +154,7 @@ def chat(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -159,7 +162,7 @@ def chat(
     from memtier.console import emit_json
 
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        talker = runtime.session(session)
+        talker = runtime.session(session, adapter=adapter)
         for line in _lines(f"{session}> "):
             choices = {"temperature": temperature, "top_p": top_p, "seed": seed, "retrieval": retrieval}
             answer = talker.generate(f"{line}\n", max_new_tokens=max_new_tokens, stop=("\n",), **choices)
@@ -183,6 +186,7 @@ def recall(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -194,7 +198,7 @@ def recall(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        hits = runtime.session(session).recall(text, k=k)
+        hits = runtime.session(session, adapter=adapter).recall(text, k=k)
     emit_json({"session": session, "hits": [asdict(hit) for hit in hits]}) if as_json else show_hits(hits)
 
 
@@ -204,6 +208,7 @@ def inspect(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -215,7 +220,7 @@ def inspect(
         peek(store, tenant, session) as copy,
         memtier.open_sync(copy, model=model, tenant=tenant, device=device) as runtime,
     ):
-        memory = runtime.session(session).inspect()
+        memory = runtime.session(session, adapter=adapter).inspect()
     emit_json(memory.model_dump(mode="json")) if as_json else show_memory(memory)
 
 

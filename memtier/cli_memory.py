@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import memtier
-from memtier.cli_options import DEFAULT_STORE, Device, Json, Model, SessionArgument, Store, Tenant
+from memtier.cli_options import DEFAULT_STORE, Adapter, Device, Json, Model, SessionArgument, Store, Tenant
 
 __all__ = ["memory"]
 
@@ -23,6 +23,7 @@ def history(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -34,7 +35,7 @@ def history(
         peek(store, tenant, session) as copy,
         memtier.open_sync(copy, model=model, tenant=tenant, device=device) as runtime,
     ):
-        turns = runtime.session(session).history()
+        turns = runtime.session(session, adapter=adapter).history()
     if as_json:
         emit_json({"session": session, "turns": [turn.model_dump(mode="json") for turn in turns]})
     else:
@@ -48,6 +49,7 @@ def checkpoint(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -56,7 +58,7 @@ def checkpoint(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session)
+        kept = runtime.session(session, adapter=adapter)
         kept.checkpoint(name)
         position = kept.position
     _tell({"session": session, "checkpoint": name, "position": position}, as_json)
@@ -85,6 +87,7 @@ def restore(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -93,7 +96,7 @@ def restore(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session)
+        kept = runtime.session(session, adapter=adapter)
         before = kept.position
         kept.restore(name)
         position = kept.position
@@ -107,6 +110,7 @@ def fork(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -115,7 +119,7 @@ def fork(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        position = runtime.session(session).fork(new_session).position
+        position = runtime.session(session, adapter=adapter).fork(new_session).position
     _tell({"session": new_session, "forked_from": session, "position": position}, as_json)
 
 
@@ -126,6 +130,7 @@ def export(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -134,7 +139,7 @@ def export(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session)
+        kept = runtime.session(session, adapter=adapter)
         kept.export(file)
         position = kept.position
     told = {"session": session, "file": str(file), "position": position, "bytes": file.stat().st_size}
@@ -148,12 +153,13 @@ def import_(
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Make a session of an exported file. Nothing in the file is trusted."""
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        made = runtime.import_session(file, session)
+        made = runtime.import_session(file, session, adapter=adapter)
         told = {"session": made.id, "file": str(file), "position": made.position}
     _tell(told, as_json)
 

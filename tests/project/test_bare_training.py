@@ -47,6 +47,14 @@ with torch.inference_mode():
     cache = memtier.cache.TieredCache(model.config)
     model.eval()(ids[:1], past_key_values=cache)
 assert cache.position == 96
+
+import tempfile
+from memtier.training.__main__ import main
+
+with tempfile.TemporaryDirectory() as folder:
+    sizes = ("pairs=2", "tokens=44", "gap=20", "vocabulary=20", "width=8", "steps=1", "batch_tokens=88")
+    pairs = [part for size in sizes for part in ("--set", size)]
+    assert main(["recall", "--out", folder, "--device", "cpu", "--quiet", *pairs]) == 0
 print("trained", sorted(m for m in ("pydantic", "lancedb", "anyio") if m in sys.modules))
 """
 

@@ -17,6 +17,7 @@ from memtier.cli import app
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.testing import tiny_config, tiny_model
+from memtier.training.__main__ import main
 from memtier.training.corpus import Corpus
 from memtier.training.course import Lesson, SpanDraw
 from memtier.training.fit import CHECKPOINT_NAME, LOG_NAME, FitRow, FitSettings, fit
@@ -258,3 +259,28 @@ def test_the_commands_train_stop_and_go_on(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "recall" / "training.json").read_text())["cell"]["pairs"] == 2
     wrong = CliRunner().invoke(app, ["train", "lm", str(corpus), "--out", str(tmp_path), "--span-blocks", "x"])
     assert isinstance(wrong.exception, ConfigError)
+
+
+def test_the_module_runs_every_recipe_without_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = golden_text(tmp_path / "text")
+
+    def run(*arguments: str, **settings: Any) -> Any:
+        pairs = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+        assert main([*arguments, "--quiet", "--device", "cpu", *pairs]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    tiny = {"hidden_size": 16, "head_dim": 8, "ssm_head_dim": 8, "num_hidden_layers": 1, "window_tokens": 16}
+    config = [part for name, value in tiny.items() for part in ("--config", f"{name}={value}")]
+    sizes = {"steps": 1, "sequence_tokens": 96, "batch_tokens": 96}
+    report = run("lm", str(corpus), "--out", str(tmp_path / "lm"), *config, **sizes, blocks=(1, 2))
+    assert report["finished"]
+    report = run(
+        "hylora", report["folder"], str(corpus), "--out", str(tmp_path / "a"), **sizes, rank=2, piece_tokens=48
+    )
+    assert report["after"]["sequence_tokens"] == 96
+    report = run("recall", "--out", str(tmp_path / "r"), pairs=2, tokens=44, gap=20, vocabulary=20, width=8, steps=1)
+    assert report["step"] == 1
+    assert main(["recall", "--out", str(tmp_path / "r"), "--set", "wings=2"]) == 1
+    assert "wings" in capsys.readouterr().err

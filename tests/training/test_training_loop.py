@@ -186,6 +186,6 @@ def test_the_recipe_writes_a_folder_that_loads(corpus_folder: Path, tmp_path: Pa
 def test_the_module_runs_from_the_command_line_and_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tmp_path / "absent"), "--out", str(tmp_path), "--steps", "1"]) == 1
+    assert main(["nano", str(tmp_path / "absent"), "--out", str(tmp_path), "--steps", "1"]) == 1
     assert "not a folder" in capsys.readouterr().err
     assert NANO.minutes is not None

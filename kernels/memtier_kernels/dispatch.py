@@ -12,7 +12,7 @@ import torch
 from memtier.errors import ConfigError, KernelError
 from memtier_kernels.launch import is_recording
 
-__all__ = ["Impl", "choose", "compact_indices", "compute_dtype"]
+__all__ = ["Impl", "choose", "compact_indices", "compute_dtype", "is_interpreted"]
 
 Impl = Literal["auto", "reference", "triton"]
 
@@ -59,9 +59,14 @@ def _refusal(x: torch.Tensor) -> str | None:
         return f"Triton has no build for {sys.platform}"
     if x.dtype not in _KERNEL_DTYPES:
         return f"its kernel takes float16, bfloat16 and float32, and got {x.dtype}"
-    if not x.is_cuda and not is_recording() and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+    if not x.is_cuda and not is_recording() and not is_interpreted():
         return f"it needs tensors on a CUDA device, and got {x.device} (TRITON_INTERPRET=1 runs kernels on the CPU)"
     return None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels: it has no registers that they could fill."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from memtier_kernels.dispatch import Impl, choose
+from memtier_kernels.dispatch import Impl, choose, is_interpreted
 from memtier_kernels.span_attention import custom_op, reference
 from memtier_kernels.span_attention.sources import Band, Paged, merge
 
@@ -55,6 +55,8 @@ def span_attention(
     limit = None
     if q.shape[-1] > 256:
         limit = f"its kernel takes heads of up to 256 channels, and got {q.shape[-1]}"
+    elif q.shape[-1] > 128 and q.dtype == torch.float32 and not is_interpreted():
+        limit = f"its kernel takes float32 heads of up to 128 channels, and got {q.shape[-1]}"
     elif factor <= 0:
         limit = f"its kernel takes a positive scale, and got {factor}"
     plain = reference.span_attention if not torch.compiler.is_compiling() else custom_op.span_attention_reference

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from memtier_kernels.dispatch import compute_dtype
+from memtier_kernels.dispatch import compute_dtype, is_interpreted
 from memtier_kernels.span_attention import reference
 from memtier_kernels.span_attention.sources import Band, Paged
 
@@ -20,6 +20,10 @@ __all__ = ["SOURCES", "span_attention", "span_attention_reference"]
 
 # in the order in which they are read
 SOURCES = ("sinks", "span", "eidetic", "fading", "window")
+
+# Heads of float32 larger than this do not fit into the registers of the kernels for gradients: a product that is exact
+# to float32 keeps each number in three parts. What does not fit goes by the reference, on the device that it is on.
+LARGEST_SINGLE_GRADIENT = 64
 
 Sources = dict[str, Band | Paged | None]
 Result = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
@@ -139,6 +143,8 @@ def _kernels_backward(
     tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
     """dq, dq_far if there is one, then k's and v's of each source that is wanted."""
+    if q.dtype == torch.float32 and q.shape[-1] > LARGEST_SINGLE_GRADIENT and not is_interpreted():
+        return _gradients_of_reference((d_out, d_lse, d_parts), q, q_far, group, tensors, form, scale, wanted)
     from memtier_kernels.span_attention import triton
 
     sources = _unpack(tensors, form)
@@ -155,7 +161,15 @@ def _reference_backward(
     lse: torch.Tensor, parts: torch.Tensor, q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None,
     tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The same, by reading once more with gradients."""
+    """The same, by the reference."""
+    return _gradients_of_reference((d_out, d_lse, d_parts), q, q_far, group, tensors, form, scale, wanted)
+
+
+def _gradients_of_reference(
+    grads: tuple[torch.Tensor | None, ...], q: torch.Tensor, q_far: torch.Tensor | None, group: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor], form: str, scale: float, wanted: Sequence[bool],
+) -> list[torch.Tensor]:  # fmt: skip
+    """By reading once more with gradients."""
     far = [] if q_far is None else [q_far]
     places = _keys_and_values(form, wanted)
 
@@ -166,7 +180,7 @@ def _reference_backward(
         for place, leaf in zip(places, leaves[1 + len(far) :], strict=True):
             read[place] = leaf
         results = _read(leaves[0], leaves[1] if far else None, group, read, form, scale)
-        flows = zip(results, (d_out, d_lse, d_parts), strict=True)
+        flows = zip(results, grads, strict=True)
         flows = [(y, dy) for y, dy in flows if dy is not None and y.requires_grad]
         if not flows:
             return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in leaves]

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from memtier_kernels.span_attention.triton_tiles import (
     LOG2E,
+    architecture,
     forget,
     hide,
     load_columns,
@@ -239,10 +240,10 @@ def _pool_fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
     heavy = weight(given) > 512
     if (candidate.num_stages == 1) != heavy:
         return False
-    if 0 < given["group_rows"] < 64 or (heavy and given["HALVES"]):
+    if 0 < given["group_rows"] < 64 or (heavy and given["HALVES"]) or (weight(given) > 400 and architecture() < 90):
         return tile == 16
     if given["BLOCK_N"] == 16 and not heavy:
-        return tile == 32
+        return tile == (32 if weight(given) <= 256 else 16)
     return tile > 16 and (warps == 8 or (weight(given) <= 256 and not given["HALVES"]))
 
 

@@ -241,11 +241,9 @@ def backward(model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings) -> 
     length = tokens.shape[1]
     piece = settings.piece_tokens or length
     if piece >= length:
-        with settings.autocast(device):
-            losses = read_losses(model, tokens, targets, memory=lesson.memory, dense=lesson.dense)
-            loss = losses.total(model.config)
-        loss.backward()
-        return _sum([(1.0, 1.0, losses)])
+        return _read_and_differentiate(
+            model, tokens, targets, settings, 1.0, 1.0, memory=lesson.memory, dense=lesson.dense
+        )  # fmt: skip
     if lesson.dense:
         raise ConfigError(
             f"a sequence of {length} tokens is read in pieces of {piece}, and its far attention is dense, which needs "
@@ -259,10 +257,9 @@ def backward(model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings) -> 
         part = slice(start, start + piece)
         target_share = int((targets[:, part] != NO_TARGET).sum()) / max(1, counted)
         token_share = tokens[:, part].shape[1] / length
-        with settings.autocast(device):
-            losses = read_losses(model, tokens[:, part], targets[:, part], cache=cache)
-            loss = losses.total(model.config, target_share=target_share, token_share=token_share)
-        loss.backward()
+        losses = _read_and_differentiate(
+            model, tokens[:, part], targets[:, part], settings, target_share, token_share, cache=cache
+        )  # fmt: skip
         cache.detach()
         done.append((target_share, token_share, losses))
     return _sum(done)
@@ -348,11 +345,23 @@ def _update(
     return losses
 
 
+def _read_and_differentiate(
+    model: BMojoForCausalLM, tokens: torch.Tensor, targets: torch.Tensor, settings: FitSettings, target_share: float,
+    token_share: float, **reading: Any,
+) -> Losses:  # fmt: skip
+    """The losses of one piece, detached: nothing of its graph outlives this call but what a cache carries."""
+    with settings.autocast(tokens.device):
+        losses = read_losses(model, tokens, targets, **reading)
+        loss = losses.total(model.config, target_share=target_share, token_share=token_share)
+    loss.backward()
+    return losses.detach()
+
+
 def _sum(parts: list[tuple[float, float, Losses]]) -> Losses:
-    """The losses of a sequence of those of its pieces, detached: by share of the targets, or of the tokens."""
+    """The losses of a sequence of those of its pieces: by share of the targets, or of the tokens."""
 
     def total(name: str, share: int) -> torch.Tensor | None:
-        values = [part[share] * value.detach() for part in parts if (value := getattr(part[2], name)) is not None]
+        values = [part[share] * value for part in parts if (value := getattr(part[2], name)) is not None]
         return torch.stack(values).sum() if values else None
 
     tokens = total("tokens", 0)

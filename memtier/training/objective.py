@@ -28,6 +28,10 @@ class Losses:
     innovation: torch.Tensor | None
     span: torch.Tensor | None
 
+    def detach(self) -> Losses:
+        """The same numbers, without how they came about."""
+        return Losses(*(None if part is None else part.detach() for part in (self.tokens, self.innovation, self.span)))  # pyright: ignore[reportArgumentType]
+
     def total(self, config: BMojoConfig, *, target_share: float = 1.0, token_share: float = 1.0) -> torch.Tensor:
         """What is differentiated.
 

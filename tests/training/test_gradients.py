@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from memtier.cache import TieredCache
 from memtier.layers.records import flatten
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.testing import tiny_model
+from memtier.training import fit
 from memtier.training.course import Lesson
 from memtier.training.fit import FitSettings, backward
 from memtier.training.objective import NO_TARGET, Losses, read_losses
@@ -182,3 +184,18 @@ def test_nothing_carried_holds_on_to_the_past() -> None:
         held = [t for state in cache.states for _, t in flatten(state)]
         held += [t for blocks in cache.selector._blocks.values() for t in blocks]  # pyright: ignore[reportAttributeAccessIssue]
         assert not any(tensor.requires_grad for tensor in held)
+
+
+def test_the_graph_of_a_piece_is_gone_before_the_next_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graphs = make(), []
+
+    def reading(*arguments: Any, **options: Any) -> Losses:
+        assert all(graph() is None for graph in graphs)
+        losses = read_losses(*arguments, **options)
+        graphs.append(weakref.ref(losses.tokens))
+        return losses
+
+    monkeypatch.setattr(fit, "read_losses", reading)
+    told = backward(model, lesson(model), PIECES)
+    assert len(graphs) == 4
+    assert not told.tokens.requires_grad

@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 
 import memtier
 from memtier.training.course import SpanDraw
-from memtier.training.fit import FitSettings
+from memtier.training.fit_settings import FitSettings
 from memtier.training.hylora import HyLora, HyLoraReport, train_hylora
 from memtier.training.lm import byte_config, train_lm
 from memtier.training.text import TextLessons

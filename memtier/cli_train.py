@@ -97,7 +97,7 @@ def train_lm(
     as_json: Json = False,
 ) -> None:
     """Train a B'MOJO language model on a folder of text, new or from given weights."""
-    from memtier.training.fit import FitSettings
+    from memtier.training.fit_settings import FitSettings
     from memtier.training.lm import DENSE_UNTIL, byte_config
     from memtier.training.lm import train_lm as run
     from memtier.training.surroundings import parse_pairs
@@ -207,7 +207,7 @@ def train_hylora(
     Needs memtier[train].
     What is written is an adapter: pass its folder to `runtime.session(..., adapter=FOLDER)`.
     """
-    from memtier.training.fit import FitSettings
+    from memtier.training.fit_settings import FitSettings
     from memtier.training.hylora import HyLora
     from memtier.training.hylora import train_hylora as run
     from memtier.training.text import TextLessons

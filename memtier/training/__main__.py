@@ -15,7 +15,7 @@ from typing import Any
 
 from memtier.errors import ConfigError, MemtierError
 from memtier.training.course import SpanDraw
-from memtier.training.fit import FitSettings
+from memtier.training.fit_settings import FitSettings
 from memtier.training.hylora import HyLora, train_hylora
 from memtier.training.lm import byte_config, train_lm
 from memtier.training.nano import NANO, export_nano, nano_config, train_nano

@@ -1,9 +1,4 @@
-"""One training run of a B'MOJO model on a course of lessons: AdamW, a warm-up and a cosine, resumable to the bit.
-
-A sequence is read whole, or in pieces with carried memory (truncated back-propagation through time, Williams and Peng
-1990): state passes from piece to piece, gradients do not, and one update follows when all pieces are read. So device
-memory is that of one piece, whatever the length of the sequence.
-"""
+"""One training run of a B'MOJO model on a course of lessons: AdamW, a warm-up and a cosine, resumable to the bit."""
 
 from __future__ import annotations
 
@@ -11,83 +6,29 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from memtier.cache import TieredCache
 from memtier.errors import ConfigError, ModelError
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.training.checkpoint import load_checkpoint, save_checkpoint
 from memtier.training.course import Course, Lesson
+from memtier.training.fit_settings import FitSettings
+from memtier.training.gradients import backward, checkpointed
 from memtier.training.metrics import keep_rows_until
-from memtier.training.objective import NO_TARGET, Losses, read_losses
+from memtier.training.objective import Losses
+from memtier.training.optimizer import make_optimizer
 from memtier.training.table import append_record
 
-__all__ = ["CHECKPOINT_NAME", "LOG_NAME", "FitReport", "FitRow", "FitSettings", "backward", "fit", "make_optimizer"]
+__all__ = ["CHECKPOINT_NAME", "LOG_NAME", "FitReport", "FitRow", "fit"]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOG_NAME = "log.csv"
 _MOST_SKIPPED_IN_A_ROW = 10
 _NOT_OF_THE_RESULT = ("log_every_steps", "checkpoint_every_seconds")
-
-Precision = Literal["auto", "float32", "bfloat16"]
-
-
-@dataclass(frozen=True, slots=True)
-class FitSettings:
-    """How to train.
-
-    Args:
-        steps: updates; the learning rate is planned for so many.
-        learning_rate: at its peak: linear up over `warmup_share` of the steps, then a cosine to zero.
-        weight_decay: of matrices; vectors (norms, biases, decays of the recurrence) have none.
-        piece_tokens: tokens of a piece of truncated back-propagation; None: sequences are read whole.
-        precision: of the forward pass: "bfloat16" by autocast, "float32" in the weights' own dtype, "auto" is bfloat16
-            on a GPU and float32 elsewhere.
-        gradient_checkpointing: keep what passes between layers only, and compute the rest again in the backward pass.
-        log_every_steps: steps a row of the log; checkpoints are written at rows.
-
-    Raises:
-        ConfigError: a value out of range.
-    """
-
-    steps: int = 1000
-    learning_rate: float = 2e-3
-    warmup_share: float = 0.1
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
-    gradient_clip: float = 1.0
-    piece_tokens: int | None = None
-    precision: Precision = "auto"
-    gradient_checkpointing: bool = False
-    log_every_steps: int = 10
-    checkpoint_every_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "log_every_steps", "piece_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1.")
-        if not 0.0 <= self.warmup_share < 1.0:
-            raise ConfigError(f"warmup_share is {self.warmup_share}; it must be 0 or more, and below 1.")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"precision is {self.precision!r}; use 'auto', 'float32' or 'bfloat16'.")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of one step."""
-        progress, warm = step / self.steps, self.warmup_share
-        if progress < warm:
-            return self.learning_rate * min(1.0, (step + 1) / (warm * self.steps))
-        return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * (progress - warm) / (1.0 - warm)))
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Around a forward pass on that device."""
-        wanted = self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +109,9 @@ def fit(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
-    optimizer = make_optimizer(parameters, settings, device)
+    optimizer = make_optimizer(
+        model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+    )  # fmt: skip
     plan = {
         "course": course.identity,
         "settings": {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_RESULT},
@@ -179,7 +122,7 @@ def fit(
     was_training = model.training
     model.train()
     try:
-        with _Checkpointed(model, settings.gradient_checkpointing):
+        with checkpointed(model, settings.gradient_checkpointing):
             while state.step < settings.steps:
                 before = time.monotonic()
                 lesson = course.lesson(state.step)
@@ -228,55 +171,6 @@ def fit(
         )
     loss = state.tail_loss / state.tail_steps if state.tail_steps else math.nan
     return FitReport(state.step, finished, state.seconds, state.tokens, state.skipped, loss)
-
-
-def backward(model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings) -> Losses:
-    """Add the gradients of one lesson to those of the model; its losses, detached.
-
-    Raises:
-        ConfigError: dense far attention in pieces.
-    """
-    device = next(model.parameters()).device
-    tokens, targets = torch.from_numpy(lesson.tokens).to(device), torch.from_numpy(lesson.targets)
-    length = tokens.shape[1]
-    piece = settings.piece_tokens or length
-    if piece >= length:
-        return _read_and_differentiate(
-            model, tokens, targets, settings, 1.0, 1.0, memory=lesson.memory, dense=lesson.dense
-        )  # fmt: skip
-    if lesson.dense:
-        raise ConfigError(
-            f"a sequence of {length} tokens is read in pieces of {piece}, and its far attention is dense, which needs "
-            f"it whole. Set dense_until to 0, or piece_tokens to None."
-        )
-    cache = TieredCache(
-        model.config, settings=lesson.memory, batch_size=len(tokens), device=device, dtype=model.dtype
-    )  # fmt: skip
-    counted, done = int((targets != NO_TARGET).sum()), []
-    for start in range(0, length, piece):
-        part = slice(start, start + piece)
-        target_share = int((targets[:, part] != NO_TARGET).sum()) / max(1, counted)
-        token_share = tokens[:, part].shape[1] / length
-        losses = _read_and_differentiate(
-            model, tokens[:, part], targets[:, part], settings, target_share, token_share, cache=cache
-        )  # fmt: skip
-        cache.detach()
-        done.append((target_share, token_share, losses))
-    return _sum(done)
-
-
-def make_optimizer(
-    parameters: list[torch.nn.Parameter], settings: FitSettings, device: torch.device
-) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors do not."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=settings.learning_rate, betas=settings.betas,
-        fused=device.type == "cuda",
-    )  # fmt: skip
 
 
 class _Window:
@@ -345,30 +239,6 @@ def _update(
     return losses
 
 
-def _read_and_differentiate(
-    model: BMojoForCausalLM, tokens: torch.Tensor, targets: torch.Tensor, settings: FitSettings, target_share: float,
-    token_share: float, **reading: Any,
-) -> Losses:  # fmt: skip
-    """The losses of one piece, detached: nothing of its graph outlives this call but what a cache carries."""
-    with settings.autocast(tokens.device):
-        losses = read_losses(model, tokens, targets, **reading)
-        loss = losses.total(model.config, target_share=target_share, token_share=token_share)
-    loss.backward()
-    return losses.detach()
-
-
-def _sum(parts: list[tuple[float, float, Losses]]) -> Losses:
-    """The losses of a sequence of those of its pieces: by share of the targets, or of the tokens."""
-
-    def total(name: str, share: int) -> torch.Tensor | None:
-        values = [part[share] * value for part in parts if (value := getattr(part[2], name)) is not None]
-        return torch.stack(values).sum() if values else None
-
-    tokens = total("tokens", 0)
-    assert tokens is not None
-    return Losses(tokens, total("innovation", 1), total("span", 1))
-
-
 def _begin(
     out: Path | None, resume: bool, model: torch.nn.Module, optimizer: torch.optim.Optimizer, plan: dict[str, Any]
 ) -> _State:
@@ -415,20 +285,3 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _as_json(v) for name, v in value.items()}
     return [_as_json(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-class _Checkpointed:
-    """A model whose layers recompute what the backward pass needs, for as long as the block lasts."""
-
-    def __init__(self, model: BMojoForCausalLM, wanted: bool) -> None:
-        self._model = model
-        self._wanted = wanted and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-    def __enter__(self) -> None:
-        if self._wanted:
-            # the name of transformers >= 5.20, or the one before it
-            getattr(self._model, "activation_checkpointing_enable", self._model.gradient_checkpointing_enable)()
-
-    def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            getattr(self._model, "activation_checkpointing_disable", self._model.gradient_checkpointing_disable)()

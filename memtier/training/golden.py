@@ -17,7 +17,8 @@ from pathlib import Path
 
 from memtier.errors import CorruptMemoryError
 from memtier.training.course import SpanDraw
-from memtier.training.fit import LOG_NAME, FitSettings
+from memtier.training.fit import LOG_NAME
+from memtier.training.fit_settings import FitSettings
 from memtier.training.hylora import HyLora, train_hylora
 from memtier.training.lm import byte_config, train_lm
 from memtier.training.recall.grid import Cell

@@ -17,7 +17,8 @@ from memtier.errors import ConfigError
 from memtier.models.adapters import find_peft, inject, low_rank_parameters, write_adapter
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.training.corpus import load_corpus
-from memtier.training.fit import FitSettings, fit
+from memtier.training.fit import fit
+from memtier.training.fit_settings import FitSettings
 from memtier.training.lm import load_model
 from memtier.training.surroundings import progress_bar, resolve_device, write_record
 from memtier.training.text import HeldOut, TextCourse, TextLessons, held_out, text_ids

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from memtier.errors import ConfigError
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 from memtier.training.corpus import load_corpus
-from memtier.training.fit import FitSettings, fit
+from memtier.training.fit import fit
+from memtier.training.fit_settings import FitSettings
 from memtier.training.surroundings import progress_bar, resolve_device, write_record
 from memtier.training.text import HeldOut, TextCourse, TextLessons, held_out, text_ids
 from memtier.training.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, make_byte_tokenizer

@@ -16,8 +16,10 @@ import torch
 
 from memtier.errors import ConfigError, ModelError
 from memtier.training.checkpoint import load_checkpoint, save_checkpoint
+from memtier.training.gradients import enable_checkpointing
 from memtier.training.levels import Curriculum
 from memtier.training.metrics import LogRow, Meter, append_row, keep_rows_until
+from memtier.training.optimizer import make_optimizer
 from memtier.training.tasks import Batch, TaskMixer
 
 __all__ = ["CHECKPOINT_NAME", "LOG_NAME", "LoopSettings", "TrainReport", "train"]
@@ -135,7 +137,9 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
-    optimizer = _make_optimizer(model, settings, device)
+    optimizer = make_optimizer(
+        model, learning_rate=settings.peak_learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+    )  # fmt: skip
     state, row = _State(), None
     if resume and (out / CHECKPOINT_NAME).exists():
         saved = load_checkpoint(out / CHECKPOINT_NAME, model, optimizer)
@@ -146,7 +150,7 @@ def train(
         (out / CHECKPOINT_NAME).unlink(missing_ok=True)
         (out / LOG_NAME).unlink(missing_ok=True)
     if settings.gradient_checkpointing:
-        _enable_gradient_checkpointing(model)
+        enable_checkpointing(model)
     curriculum = Curriculum(state.level, state.level_accuracy)
     meter = Meter(far_tokens=settings.far_tokens, device=device)
     window = _Window(device)
@@ -272,26 +276,6 @@ def _log_row(
     )
     window.reset()
     return row
-
-
-def _make_optimizer(model: torch.nn.Module, settings: LoopSettings, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW; matrices decay, vectors (norms, biases, decays of the recurrence) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    rate = settings.peak_learning_rate
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=rate, betas=settings.betas, fused=device.type == "cuda"
-    )
-
-
-def _enable_gradient_checkpointing(model: torch.nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise ConfigError(f"{type(model).__name__} cannot checkpoint gradients; set gradient_checkpointing to False.")
-    enable()
 
 
 def _check_seed(saved: int, seed: int, out: Path) -> None:

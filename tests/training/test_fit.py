@@ -20,7 +20,8 @@ from memtier.testing import tiny_config, tiny_model
 from memtier.training.__main__ import main
 from memtier.training.corpus import Corpus
 from memtier.training.course import Lesson, SpanDraw
-from memtier.training.fit import CHECKPOINT_NAME, LOG_NAME, FitRow, FitSettings, fit
+from memtier.training.fit import CHECKPOINT_NAME, LOG_NAME, FitRow, fit
+from memtier.training.fit_settings import FitSettings
 from memtier.training.golden import golden_text
 from memtier.training.objective import NO_TARGET
 from memtier.training.text import TextCourse, TextLessons, held_out, text_ids

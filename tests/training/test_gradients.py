@@ -14,9 +14,10 @@ from memtier.cache import TieredCache
 from memtier.layers.records import flatten
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.testing import tiny_model
-from memtier.training import fit
+from memtier.training import gradients as training_gradients
 from memtier.training.course import Lesson
-from memtier.training.fit import FitSettings, backward
+from memtier.training.fit_settings import FitSettings
+from memtier.training.gradients import backward
 from memtier.training.objective import NO_TARGET, Losses, read_losses
 
 TOKENS, PIECE = 90, 26
@@ -195,7 +196,7 @@ def test_the_graph_of_a_piece_is_gone_before_the_next_is_read(monkeypatch: pytes
         graphs.append(weakref.ref(losses.tokens))
         return losses
 
-    monkeypatch.setattr(fit, "read_losses", reading)
+    monkeypatch.setattr(training_gradients, "read_losses", reading)
     told = backward(model, lesson(model), PIECES)
     assert len(graphs) == 4
     assert not told.tokens.requires_grad

@@ -19,7 +19,7 @@ from memtier.models.adapters import TENSORS_NAME, AdapterSet, read_adapter
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.testing import tiny_model
 from memtier.training.course import SpanDraw
-from memtier.training.fit import FitSettings
+from memtier.training.fit_settings import FitSettings
 from memtier.training.golden import golden_text
 from memtier.training.hylora import HyLora, add_hylora, train_hylora
 from memtier.training.text import TextLessons

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from memtier.training.course import SpanDraw
-from memtier.training.fit import FitSettings
+from memtier.training.fit_settings import FitSettings
 from memtier.training.recall.grid import Cell
 from memtier.training.recall.models import memory_bytes
 from memtier.training.recall.train import Asked, ask_both, train_model

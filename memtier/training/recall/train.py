@@ -22,7 +22,8 @@ from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 from memtier.training.course import Lesson, SpanDraw
-from memtier.training.fit import FitReport, FitRow, FitSettings, fit
+from memtier.training.fit import FitReport, FitRow, fit
+from memtier.training.fit_settings import FitSettings
 from memtier.training.objective import NO_TARGET
 from memtier.training.recall.models import memory_bytes
 from memtier.training.recall.selectors import NotingSelector, SpanRule

@@ -213,12 +213,15 @@ class AdapterSet:
             mine.copy_(tensor)
 
     def _drop(self, name: str) -> None:
-        if set(self._tuner.peft_config) <= {name}:
+        others = [other for other in self._tuner.peft_config if other != name]
+        if not others:
             self._tuner.unload()
             self._tuner = None
             # some releases of peft leave it there
             self._model.__dict__.pop("peft_config", None)
         else:
+            # peft warns when the active one goes
+            self._tuner.set_adapter(others[0])
             self._tuner.delete_adapter(name)
 
 

@@ -12,7 +12,7 @@ import torch
 
 import memtier
 from memtier.errors import ConfigError, IncompatibleMemoryError
-from memtier.models.adapters import CONFIG_NAME, TENSORS_NAME, read_adapter, write_adapter
+from memtier.models.adapters import CONFIG_NAME, TENSORS_NAME, AdapterSet, read_adapter, write_adapter
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
 from memtier.training.hylora import HyLora, adapter_tensors, add_hylora
@@ -223,3 +223,29 @@ async def test_without_peft_an_adapter_says_what_to_install(open_store, adapters
     async with open_store() as runtime:
         with pytest.raises(ConfigError, match=r"memtier\[train\]"):
             await runtime.session("s", adapter=adapters[0])
+
+
+async def test_adapters_come_and_go_in_any_order(adapters) -> None:
+    model, tokens = tiny_model(dtype=torch.float64), torch.arange(60)[None]
+    first, second = (read_adapter(folder) for folder in adapters)
+    held = AdapterSet(model)
+
+    def read(digest: str | None) -> torch.Tensor:
+        held.use(digest)
+        with torch.inference_mode():
+            return model(tokens).logits
+
+    plain = read(None)
+    held.add(first)
+    alone = read(first.digest)
+    held.add(second)
+    other = read(second.digest)
+    held.remove(second.digest)
+    assert torch.equal(read(None), plain) and torch.equal(read(first.digest), alone)
+    held.add(second)
+    held.remove(first.digest)
+    assert torch.equal(read(None), plain) and torch.equal(read(second.digest), other)
+    held.remove(second.digest)
+    assert torch.equal(read(None), plain)
+    held.add(first)
+    assert torch.equal(read(first.digest), alone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -20,6 +20,9 @@ from memtier.cli_options import (
     kept_or_temporary,
 )
 from memtier.errors import ConfigError
+
+if TYPE_CHECKING:
+    from memtier.training.wordings import Wording
 
 __all__ = ["bench"]
 
@@ -131,3 +134,33 @@ def bench_kernels(
     (emit_json if as_json else show_kernels)(report)
     if report["failed"]:
         raise typer.Exit(1)
+
+
+@bench.command("facts")
+def bench_facts(
+    size_bytes: Annotated[int, typer.Option("--bytes", help="How much text to stream.")] = 200_000,
+    facts: Annotated[int, typer.Option(help="Facts told in its first tenth; 16 are asked for.")] = 200,
+    seeds: Annotated[int, typer.Option(help="Exams, each with facts of its own.")] = 5,
+    wordings: Annotated[
+        str, typer.Option(help="plain: one wording; trained: those of training; unseen: others. Several by commas.")
+    ] = "plain",
+    file: Annotated[Path | None, typer.Option(help="Text to stream (default: CPython's own manual).")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file (default: docs/results/facts.csv of a clone).")] = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Facts told early in a long text, asked for at its end: retrieval against its controls, with seeds.
+
+    Every finished exam is in a CSV file; a later call goes on with those that are missing.
+    """
+    from memtier.bench.facts import FactsOptions, run_facts
+    from memtier.console import emit_json, progress, show_facts
+
+    command = shlex.join(["memtier", *sys.argv[1:]])
+    chosen = cast("tuple[Wording, ...]", tuple(wordings.split(",")))
+    options = FactsOptions(size_bytes, facts, seeds, chosen, file, model, device, threads, out, command)
+    with progress() as on_progress:
+        report = run_facts(options, on_progress)
+    (emit_json if as_json else show_facts)(report)

@@ -232,6 +232,20 @@ def show_recall_bench(report: dict[str, Any]) -> None:
     _print(title, ("model", "M", "task", "memory", "seeds", "accuracy", "low", "high", "hit", "long"), rows)
 
 
+def show_facts(report: dict[str, Any]) -> None:
+    """The exam of facts, one line a condition."""
+    rows = [
+        (
+            row["wording"], f"{int(row['bytes']):,}", row["condition"], str(row["seeds"]), f"{row['right']:.0%}",
+            f"{row['lowest']:.0%}", f"{row['highest']:.0%}",
+            "" if row["block_hit"] is None else f"{row['block_hit']:.0%}", f"{row['late_over_fresh_bits']:.3f}",
+        )
+        for row in report["summary"]
+    ]  # fmt: skip
+    columns = ("wording", "bytes", "retrieval", "seeds", "right", "lowest", "highest", "hit", "late/fresh bits")
+    _print(f"facts recalled; written to {report['written_to']}", columns, rows)
+
+
 def _state_line(layer: Any) -> str:
     half_life = "" if layer.half_life_tokens is None else f", half-life {layer.half_life_tokens:,.0f} tokens"
     return f"layer {layer.layer}: {layer.kind} {'×'.join(map(str, layer.shape))}, norm {layer.norm:.2f}{half_life}"

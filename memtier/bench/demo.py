@@ -23,6 +23,7 @@ from memtier.blocks import RetrievalMode
 from memtier.errors import ConfigError, StorageError
 from memtier.reports import MemoryReport, SessionStats
 from memtier.training.facts import Fact, make_facts
+from memtier.training.wordings import Wording
 
 __all__ = ["DEFAULT_BYTES", "DemoOptions", "OnProgress", "run_demo"]
 
@@ -110,11 +111,11 @@ def run_demo(store: Path, options: DemoOptions, on_progress: OnProgress) -> dict
     }
 
 
-def choose_questions(facts: list[Fact], seed: int) -> list[tuple[Fact, str]]:
+def choose_questions(facts: list[Fact], seed: int, wording: Wording = "trained") -> list[tuple[Fact, str]]:
     """The facts that are asked for, drawn from the seed, each with the question that is put in every mode."""
     rng = random.Random(f"questions/{seed}")
     chosen = rng.sample(facts, min(ASKED_FACTS, len(facts)))
-    return [(fact, "\n" + fact.question(rng)) for fact in chosen]
+    return [(fact, "\n" + fact.question(rng, wording)) for fact in chosen]
 
 
 def first_code(answer: str) -> str | None:

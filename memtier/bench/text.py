@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memtier.errors import ConfigError
 from memtier.training.facts import Fact
+from memtier.training.wordings import Wording
 
 __all__ = ["check_utf8", "load_text", "plant"]
 
@@ -67,11 +68,19 @@ def check_utf8(file: Path) -> int:
     return done
 
 
-def plant(text: str, facts: list[Fact], seed: int, *, between: tuple[float, float] = (0.02, 0.12)) -> str:
+def plant(
+    text: str,
+    facts: list[Fact],
+    seed: int,
+    *,
+    between: tuple[float, float] = (0.02, 0.12),
+    wording: Wording = "trained",
+) -> str:
     """The text with one sentence a fact put between its lines, evenly over a stretch near its beginning.
 
     Args:
         between: where the stretch starts and ends, as fractions of the text.
+        wording: of the sentences.
     """
     rng = random.Random(f"plant/{seed}")
     line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
@@ -83,6 +92,6 @@ def plant(text: str, facts: list[Fact], seed: int, *, between: tuple[float, floa
         # A text of endless lines is cut where it stands.
         place = line_starts[at] if at < len(line_starts) and line_starts[at] <= last else wanted
         place = max(done, place)
-        pieces += [text[done:place], fact.statement(rng), "\n"]
+        pieces += [text[done:place], fact.statement(rng, wording), "\n"]
         done = place
     return "".join([*pieces, text[done:]])

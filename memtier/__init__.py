@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from memtier.listing import list_sessions as list_sessions
     from memtier.reports import BlockContent as BlockContent
     from memtier.reports import CheckpointInfo as CheckpointInfo
+    from memtier.reports import ErasureProof as ErasureProof
+    from memtier.reports import ForgetReport as ForgetReport
     from memtier.reports import MemoryReport as MemoryReport
     from memtier.reports import ObserveReport as ObserveReport
     from memtier.reports import RuntimeStats as RuntimeStats
@@ -66,6 +68,8 @@ _HOMES = {
     "memtier.reports": (
         "BlockContent",
         "CheckpointInfo",
+        "ErasureProof",
+        "ForgetReport",
         "MemoryReport",
         "ObserveReport",
         "RuntimeStats",
@@ -85,6 +89,8 @@ __all__ = [
     "CheckpointInfo",
     "ConfigError",
     "CorruptMemoryError",
+    "ErasureProof",
+    "ForgetReport",
     "Generation",
     "IncompatibleMemoryError",
     "KernelError",

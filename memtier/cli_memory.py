@@ -9,6 +9,7 @@ import typer
 
 import memtier
 from memtier.cli_options import DEFAULT_STORE, Adapter, Device, Json, Model, SessionArgument, Store, Tenant
+from memtier.errors import ConfigError, SessionError
 
 __all__ = ["memory"]
 
@@ -144,6 +145,63 @@ def export(
         position = kept.position
     told = {"session": session, "file": str(file), "position": position, "bytes": file.stat().st_size}
     _tell(told, as_json)
+
+
+@memory.command()
+def forget(
+    session: SessionArgument,
+    text: Annotated[str | None, typer.Argument(help="Forget the best passage that holds these words; or:")] = None,
+    start: Annotated[int | None, typer.Option(help="First token to forget.")] = None,
+    end: Annotated[int | None, typer.Option(help="The token after the last one to forget.")] = None,
+    turn: Annotated[int | None, typer.Option(help="A turn, by its number in `memtier history`.")] = None,
+    forks: Annotated[bool, typer.Option(help="Forget it in forks too.")] = True,
+    verify: Annotated[
+        bool, typer.Option(help="Look for its bytes in the raw files; exit code 1 without a proof.")
+    ] = True,
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = "default",
+    model: Model = "nano",
+    adapter: Adapter = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Forget a passage for good: it leaves every tier, every checkpoint and every fork; later tokens move down."""
+    from memtier.console import emit_json, show_values
+    from memtier.peek import require_session
+
+    require_session(store, tenant, session)
+    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
+        kept = runtime.session(session, adapter=adapter)
+        hit = None
+        if text is not None:
+            hits = kept.recall(text, k=1)
+            if not hits:
+                raise SessionError(f"nothing in session {session!r} matches {text!r}; nothing was forgotten.")
+            (hit,) = hits
+        report = kept.forget(hit, start=start, end=end, turn=turn, forks=forks, verify=verify)
+    forgotten = {"session": session, "text": None if hit is None else hit.text, **report.model_dump(mode="json")}
+    emit_json(forgotten) if as_json else show_values(f"forgotten in {session}", forgotten)
+    if report.proof is not None and not report.proof.proven:
+        raise typer.Exit(1)
+
+
+@memory.command()
+def delete(
+    session: Annotated[str | None, typer.Argument(help="Id of the session.")] = None,
+    all_of_tenant: Annotated[bool, typer.Option("--all", help="Delete every session of the tenant.")] = False,
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = "default",
+    as_json: Json = False,
+) -> None:
+    """Delete a session, or all of a tenant's, with checkpoints. Forks are sessions of their own, and stay."""
+    from memtier.listing import remove_session_of, remove_tenant
+
+    if (session is None) != all_of_tenant:
+        raise ConfigError("say which session to delete, or --all; exactly one of them.")
+    if session is not None:
+        _tell({"deleted": [session], "still_held_by": remove_session_of(store, tenant, session)}, as_json)
+    else:
+        _tell({"deleted": remove_tenant(store, tenant), "still_held_by": []}, as_json)
 
 
 @memory.command("import")

@@ -56,8 +56,8 @@ class SessionFolder:
     Opening drops unfinished files, files that no record names, and records of what lies past the journal's end.
     """
 
-    def __init__(self, paths: SessionPaths, lock: SessionLock, journal: Journal, backends: Backends) -> None:
-        """Use `open`."""
+    def __init__(self, paths: SessionPaths, lock: SessionLock | None, journal: Journal, backends: Backends) -> None:
+        """Use `open`. A checkpoint has no lock of its own: the session's guards it."""
         self.paths = paths
         self.journal = journal
         self.backends = backends
@@ -108,7 +108,8 @@ class SessionFolder:
         try:
             self.journal.close()
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
 
     def drop_index(self) -> None:
         """Remove the index, which the updater then makes again from the segments. Nobody may have it open."""

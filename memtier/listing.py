@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import ExitStack
 from pathlib import Path
 
-from memtier.errors import SessionNotFoundError
+from memtier.errors import SessionNotFoundError, StorageError
 from memtier.folder import META
 from memtier.reports import SessionInfo
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folders
+from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
 from memtier_backends.lock import SessionLock
 
-__all__ = ["describe_all", "list_sessions", "remove"]
+__all__ = ["describe_all", "list_sessions", "remove_session_of", "remove_tenant"]
+
+log = logging.getLogger("memtier")
 
 
 def list_sessions(store: str | Path, tenant: str = "default") -> list[SessionInfo]:
@@ -46,7 +50,7 @@ def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInf
             position=journal.position,
             turns=len(turns),
             blocks=segments[-1].end_block if segments else 0,
-            bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+            bytes_on_disk=_bytes_on_disk(folder),
             created_at=meta["created_at"],
             updated_at=max((turn.created_at for turn in turns), default=None),
             model=meta["model"]["name"],
@@ -56,16 +60,66 @@ def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInf
         journal.close()
 
 
-def remove(folder: Path, session_id: str) -> None:
-    """Remove a session's folder.
+def _bytes_on_disk(folder: Path) -> int:
+    """Of all files in a folder; one that has two names there counts once."""
+    found = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (p.stat() for p in folder.rglob("*") if p.is_file())}
+    return sum(found.values())
+
+
+def remove_session_of(store: str | Path, tenant: str, session_id: str) -> list[str]:
+    """Remove a session's folder, with all in it.
+
+    Returns:
+        Ids of forks, which are sessions of their own and still hold what they shared with it.
 
     Raises:
         SessionNotFoundError: there is none.
         SessionBusyError: another runtime holds it.
     """
+    store = check_store(store)
+    folder = session_folder(store, tenant, session_id)
     if not SessionPaths(folder).journal.exists():
         raise SessionNotFoundError(
             f"there is no session {session_id!r} in {folder.parent}. Runtime.sessions() lists those there are."
         )
     with SessionLock.acquire(folder):
+        lineages = {path: _lineage(path) for path in session_folders(store, tenant)}
+        mine = lineages.get(folder)
         remove_session(folder)
+    return sorted(
+        known[1] for path, known in lineages.items() if known and mine and path != folder and known[0] == mine[0]
+    )
+
+
+def remove_tenant(store: str | Path, tenant: str) -> list[str]:
+    """Remove every session of a tenant; their ids. All of them, or none.
+
+    Raises:
+        SessionBusyError: one of them is open; nothing was removed.
+    """
+    store = check_store(store)
+    folders = session_folders(store, tenant)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(SessionLock.acquire(folder))
+        known = [_lineage(folder) for folder in folders]
+        if folders:
+            remove_session(folders[0].parent)
+    return sorted(one[1] for one in known if one)
+
+
+def _lineage(folder: Path) -> tuple[str, str] | None:
+    """The lineage and the id of a session; None if it cannot be read, which must not keep it from being removed."""
+    paths = SessionPaths(folder)
+    if not paths.journal.exists():
+        return None
+    try:
+        journal = SqliteJournal.open(paths.journal, read_only=True)
+        try:
+            meta = journal.get_meta(META)
+        finally:
+            journal.close()
+    except StorageError as error:
+        log.warning("%s cannot be read: %s", folder, error)
+        return None
+    return None if meta is None else (meta["lineage"], meta["id"])

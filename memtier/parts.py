@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from memtier.config import MemoryConfig
 from memtier.folder import Backends, SessionFolder
 from memtier.history import History
 from memtier.reader import Reader
+from memtier.recovery.forget import resume
 from memtier.threads import WorkerThread
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.retry import retry
@@ -23,8 +25,11 @@ from memtier.tiers.weights import WeightsTier
 from memtier.timeline import Timeline
 from memtier.updater import Updater
 from memtier.views import Views
+from memtier_backends.layout import session_folders
 
 __all__ = ["Parts", "Shared"]
+
+log = logging.getLogger("memtier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +68,23 @@ class Shared:
     tasks: anyio.abc.TaskGroup
 
     async def open_folder(self, session_id: str, folder: Path) -> SessionFolder:
-        """Take the lock of a session and check whose it is. Raises as `SessionFolder.open`."""
+        """Take the lock of a session, check whose it is, and go on with a forget that was cut off.
+
+        Raises as `SessionFolder.open`; SessionBusyError also where that forget concerns a fork that is open elsewhere.
+        """
         identity = {"id": session_id, "tenant": self.tenant}
         opening = partial(
             SessionFolder.open, folder, self.backends, identity=identity, weights=self.weights, settings=self.settings
         )
-        return await retry(lambda: self.journal.run(opening), f"opening session {session_id!r}")
+        opened = await retry(lambda: self.journal.run(opening), f"opening session {session_id!r}")
+        try:
+            if await self.journal.run(resume, opened, session_folders(self.store, self.tenant)):
+                log.info("session %r: a forget that had been cut off is done", session_id)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.journal.run(opened.close)
+            raise
+        return opened
 
     async def assemble(self, session_id: str, opened: SessionFolder) -> Parts:
         """A session's parts, not yet caught up with its journal.

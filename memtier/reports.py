@@ -13,7 +13,9 @@ __all__ = [
     "CheckpointInfo",
     "ContextReport",
     "EideticToken",
+    "ErasureProof",
     "FinishReason",
+    "ForgetReport",
     "LayerSelection",
     "MemoryReport",
     "ObserveReport",
@@ -202,6 +204,45 @@ class CheckpointInfo(_Report):
     name: str
     position: int
     created_at: float
+
+
+class ErasureProof(_Report):
+    """What scans of the raw files found of a forgotten span, before and after.
+
+    `proven` only if everything that was looked for was found before, in its class of file, and nothing of it after in
+    any file; else `reasons` say why not. `looked_for` and `found_before` count pieces by class of file and kind;
+    `remains` are files that still hold one.
+    """
+
+    proven: bool
+    reasons: tuple[str, ...]
+    looked_for: dict[str, dict[str, int]]
+    found_before: dict[str, dict[str, int]]
+    remains: tuple[str, ...]
+    files: int
+    bytes: int
+
+
+class ForgetReport(_Report):
+    """What was forgotten: the tokens [start, end), as they were numbered before.
+
+    `forks` and `checkpoints` held some of it and forgot it too; `still_held_by` are forks that were left alone.
+    `also_at` are ranges, as numbered now, that repeat parts of it: quotations, which stay. The session was read again
+    from token `restored_from` on.
+    """
+
+    start: int
+    end: int
+    tokens: int
+    position: int
+    restored_from: int
+    replayed_tokens: int
+    forks: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    still_held_by: tuple[str, ...]
+    also_at: tuple[tuple[int, int], ...]
+    proof: ErasureProof | None
+    seconds: float
 
 
 class TurnInfo(_Report):

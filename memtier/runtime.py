@@ -23,7 +23,8 @@ from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError
 from memtier.folder import Backends
-from memtier.listing import describe_all, remove
+from memtier.forgetting import Forgetter
+from memtier.listing import describe_all, remove_session_of, remove_tenant
 from memtier.models.adapters import Adapter
 from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
@@ -102,6 +103,7 @@ class Runtime:
                 self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
                 self._backends, self._model_thread, self._journal_thread, self._tasks,
             )  # fmt: skip
+            self._forgetter = Forgetter(self._shared, self._sessions)
             await self._tasks.__aenter__()
         except BaseException:
             self._stop_threads()
@@ -211,25 +213,38 @@ class Runtime:
                 session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
         return session
 
-    async def delete_session(self, session_id: str) -> None:
-        """Close a session if it is open, and remove all that is on disk of it.
+    async def delete_session(self, session_id: str) -> list[str]:
+        """Close a session if it is open, and remove all that is on disk of it, checkpoints included.
+
+        Returns:
+            Ids of forks: sessions of their own, which still hold what they shared with it.
 
         Raises:
             SessionNotFoundError: there is none.
             SessionBusyError: another runtime holds it.
         """
         self._check_open()
-        folder = session_folder(self._store, self._tenant, session_id)
         async with self._opening.setdefault(session_id, anyio.Lock()):
             session = self._sessions.get(session_id)
             if session is not None:
                 await session.close_within(write=False)
             with anyio.CancelScope(shield=True):
-                await self._journal_thread.run(remove, folder, session_id)
+                return await self._journal_thread.run(remove_session_of, self._store, self._tenant, session_id)
 
-    async def delete_tenant(self) -> None:
-        """Not in this version. Raises SessionError."""
-        raise SessionError("delete_tenant comes in a later version of memtier. Delete its sessions one by one.")
+    async def delete_tenant(self) -> list[str]:
+        """Close all sessions of this tenant, and remove all that is on disk of them.
+
+        Returns:
+            Ids of the sessions that were.
+
+        Raises:
+            SessionBusyError: another runtime holds one; nothing was removed.
+        """
+        self._check_open()
+        for session in list(self._sessions.values()):
+            await session.close_within(write=False)
+        with anyio.CancelScope(shield=True):
+            return await self._journal_thread.run(remove_tenant, self._store, self._tenant)
 
     async def doctor(self) -> None:
         """Not in this version. Raises SessionError."""
@@ -286,8 +301,9 @@ class Runtime:
                 await self._journal_thread.run(opened.close)
             raise
         return Session(
-            session_id, shared, opened, parts, edition=edition, fork=self._fork, on_close=self._forget_object
-        )
+            session_id, shared, opened, parts, edition=edition, fork=self._fork, forgetter=self._forgetter,
+            on_close=self._forget_object,
+        )  # fmt: skip
 
     async def _fork(self, source: Session, session_id: str) -> Session:
         self._check_open()

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import anyio
 import pyarrow as pa
@@ -22,6 +22,7 @@ from memtier.blocks import MemoryHit, RetrievalMode
 from memtier.errors import ConfigError, SessionError
 from memtier.feed import Feed
 from memtier.folder import SessionFolder
+from memtier.forgetting import Forgetter, Wanted
 from memtier.generation import Generation, Sampler, check_stop
 from memtier.lines import AsideLine, Line, RememberedLine
 from memtier.parts import Parts, Shared
@@ -29,7 +30,15 @@ from memtier.reader import Manner
 from memtier.recall import find
 from memtier.recovery.copies import checkpoints, drop_checkpoint, fork_to, make_checkpoint, restore_checkpoint
 from memtier.recovery.portable import export_session
-from memtier.reports import BlockContent, CheckpointInfo, MemoryReport, ObserveReport, SessionStats, TurnInfo
+from memtier.reports import (
+    BlockContent,
+    CheckpointInfo,
+    ForgetReport,
+    MemoryReport,
+    ObserveReport,
+    SessionStats,
+    TurnInfo,
+)
 from memtier.text import check_text
 from memtier_backends.base import TurnRecord
 
@@ -43,15 +52,17 @@ class Session:
 
     def __init__(
         self, session_id: str, shared: Shared, folder: SessionFolder, parts: Parts, *, edition: str,
-        fork: Callable[[Session, str], Awaitable[Session]], on_close: Callable[[Session], None],
+        fork: Callable[[Session, str], Awaitable[Session]], forgetter: Forgetter,
+        on_close: Callable[[Session], None],
     ) -> None:  # fmt: skip
         self._id = session_id
         self._shared = shared
         self._config = shared.config
         self._manner = Manner(shared.config.retrieval, shared.settings.span_blocks)
         self._weights = shared.weights
-        self._folder = folder
+        self.folder = folder
         self._fork = fork
+        self._forgetter = forgetter
         self._on_close = on_close
         self.lock = anyio.Lock()
         self._line: Line | None = None
@@ -64,7 +75,7 @@ class Session:
     def _take(self, parts: Parts) -> None:
         self._parts = parts
         self.timeline, self._storage = parts.timeline, parts.storage
-        self._updater, self._views = parts.updater, parts.views
+        self.updater, self._views = parts.updater, parts.views
 
     @property
     def id(self) -> str:
@@ -179,11 +190,11 @@ class Session:
             StorageError: memory could not be read or written.
         """
         async with self.exclusive(None, catch_up=False):
-            index = await self._updater.index()
-            await self._updater.flush()
+            index = await self.updater.index()
+            await self.updater.flush()
             return await find(
                 query, k, timeline=self.timeline, index=index, codec=self._weights.codec,
-                block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self._updater.indexed,
+                block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self.updater.indexed,
                 edition=self._edition,
             )  # fmt: skip
 
@@ -218,7 +229,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Counters, at once."""
-        cache, storage, updater = self.timeline.reader.cache, self._storage, self._updater
+        cache, storage, updater = self.timeline.reader.cache, self._storage, self.updater
         return SessionStats(
             session=self._id,
             position=self.position,
@@ -245,7 +256,7 @@ class Session:
             StorageError: it could not be written; nothing acknowledged is lost.
         """
         async with self.exclusive(None):
-            await self._updater.flush()
+            await self.updater.flush()
 
     async def history(self, start: int = 0, end: int | None = None) -> list[TurnInfo]:
         """The turns that hold a token of [start, end), oldest first: role, time, span, text and provenance."""
@@ -262,12 +273,12 @@ class Session:
         """
         async with self.exclusive(None):
             await self._settle()
-            await self._shared.journal.run(make_checkpoint, self._folder, name)
+            await self._shared.journal.run(make_checkpoint, self.folder, name)
 
     async def checkpoints(self) -> list[CheckpointInfo]:
         """The checkpoints of the session, oldest first."""
         self._check_open()
-        return await self._shared.journal.run(checkpoints, self._folder.paths)
+        return await self._shared.journal.run(checkpoints, self.folder.paths)
 
     async def restore(self, name: str) -> None:
         """Go back to a checkpoint, which stays: the session then is what it was, to the bit.
@@ -286,7 +297,7 @@ class Session:
     async def drop_checkpoint(self, name: str) -> None:
         """Remove a checkpoint. Raises SessionError if there is none of that name."""
         async with self.exclusive(None, catch_up=False):
-            await self._shared.journal.run(drop_checkpoint, self._folder, name)
+            await self._shared.journal.run(drop_checkpoint, self.folder, name)
 
     async def export(self, path: str | Path) -> None:
         """Write the session to one new file, with a hash of every part: `Runtime.import_session` reads it.
@@ -297,7 +308,7 @@ class Session:
         """
         async with self.exclusive(None):
             await self._settle()
-            await self._shared.journal.run(export_session, self._folder, Path(path))
+            await self._shared.journal.run(export_session, self.folder, Path(path))
 
     async def fork(self, session_id: str) -> Session:
         """A new session that begins as this one stands, open. The journal is copied; blocks are shared.
@@ -311,10 +322,30 @@ class Session:
         return await self._fork(self, session_id)
 
     async def forget(
-        self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None
-    ) -> NoReturn:
-        """Not in this version. Raises SessionError; `Runtime.delete_session` removes a whole session."""
-        _later("forget")
+        self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None,
+        turn: int | None = None, forks: bool = True, verify: bool = False,
+    ) -> ForgetReport:  # fmt: skip
+        """Forget a passage for good: afterwards the session is one that never saw it. Later positions move down.
+
+        It leaves the journal, checkpoints and forks, with everything derived from it; then the session is read again
+        from the last snapshot before it. A forget that is cut off goes on when the session is opened next. Exported
+        files, and backups that you made, are beyond its reach.
+
+        Args:
+            hit: what `recall` found; or
+            start, end: tokens [start, end); or
+            turn: a turn of `history`, by number.
+            forks: forget it in the forks too; False leaves them, and `still_held_by` names them.
+            verify: look for its bytes in the raw files, before and after, and report a proof.
+
+        Raises:
+            ConfigError: not exactly one of the three, or no tokens of this session.
+            SessionError: there is no such turn, or the hit is not of the session as it stands.
+            SessionBusyError: a fork that holds it is open elsewhere; nothing was changed.
+            StorageError: it was cut off; the session is closed, and the next open goes on with it.
+        """
+        self._check_open()
+        return await self._forgetter.forget(self, Wanted(hit, start, end, turn), forks=forks, verify=verify)
 
     async def close(self) -> None:
         """Keep a snapshot, write what waits, and free the session. Harmless when closed already.
@@ -334,9 +365,9 @@ class Session:
                 self._closed = True
                 try:
                     await self._end_line(None)
-                    if write and not self._updater.error_was_told:
+                    if write and not self.updater.error_was_told:
                         await self.timeline.snapshot()
-                        await self._updater.flush()
+                        await self.updater.flush()
                 finally:
                     await self._free()
 
@@ -356,7 +387,7 @@ class Session:
             # a line that another call has ended must not end that call's
             if line is None or not line.ended:
                 await self._end_line(line)
-                await self._updater.ready()
+                await self.updater.ready()
                 if catch_up:
                     await self.timeline.catch_up()
             yield
@@ -377,7 +408,7 @@ class Session:
         """Copy the session to the folder of a new one."""
         async with self.exclusive(None):
             await self._settle()
-            await self._shared.journal.run(fork_to, self._folder, folder, session_id)
+            await self._shared.journal.run(fork_to, self.folder, folder, session_id)
 
     @asynccontextmanager
     async def offline(self) -> AsyncGenerator[SessionFolder]:
@@ -385,20 +416,25 @@ class Session:
         with anyio.CancelScope(shield=True):
             await self._shared.take_apart(self._parts)
             try:
-                yield self._folder
+                yield self.folder
             finally:
                 try:
-                    self._edition = await self._shared.journal.run(lambda: self._folder.edition)
-                    self._take(await self._shared.assemble(self._id, self._folder))
+                    self._edition = await self._shared.journal.run(lambda: self.folder.edition)
+                    self._take(await self._shared.assemble(self._id, self.folder))
                 except BaseException:
                     self._closed = True
                     await self._release()
                     raise
 
+    async def abandon(self) -> None:
+        """Close without writing anything. The lock is held."""
+        self._closed = True
+        await self._free()
+
     async def _settle(self) -> None:
         """All that was read is on disk, and a snapshot of this moment too."""
         await self.timeline.snapshot()
-        await self._updater.flush()
+        await self.updater.flush()
 
     async def _turn_info(self, turn: TurnRecord) -> TurnInfo:
         text = turn.text
@@ -417,7 +453,7 @@ class Session:
 
     async def _release(self) -> None:
         try:
-            await self._shared.journal.run(self._folder.close)
+            await self._shared.journal.run(self.folder.close)
         finally:
             await self.model_thread.run(self._weights.release)
             self._on_close(self)
@@ -439,7 +475,3 @@ def _check_label(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{name} is {value!r}; it must be a string of at least one character.")
     check_text(value, name)
-
-
-def _later(what: str) -> NoReturn:
-    raise SessionError(f"{what} comes in a later version of memtier; this one cannot do it. Nothing was changed.")

@@ -183,7 +183,8 @@ class TurnRecord:
     """A turn that holds tokens: [start, end) are those that no rollback took back.
 
     `text` is the original text of the turn's pieces, joined; None unless texts cover every token of the turn (token
-    ids, a turn that was cut off, a piece cut by a rollback).
+    ids, a turn that was cut off, a piece cut by a rollback). `forgotten` are the ranges that were forgotten of it, as
+    offsets into the turn as it was said.
     """
 
     turn: int
@@ -196,6 +197,7 @@ class TurnRecord:
     created_at: float
     retrieval: str
     span_blocks: int
+    forgotten: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

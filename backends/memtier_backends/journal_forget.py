@@ -7,15 +7,44 @@ and goes as well: a forgotten text must not be left in a row that nobody reads.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 
 from memtier_backends.journal_rows import Entry, Head, JournalRows, to_json
 
-__all__ = ["cut_out"]
+__all__ = ["as_it_stands", "as_said", "cut_out"]
 
 _TOKEN_BYTES = 4
+
+Range = tuple[int, int]
+
+
+def as_said(forgotten: Sequence[Range], first: int, last: int) -> list[Range]:
+    """Offsets [first, last) into what is left of a turn, as offsets into the turn as it was said."""
+    said = []
+    skipped = 0
+    for gone, gone_end in [*forgotten, (2**62, 2**62)]:
+        # of the turn, [.., gone) stands before this gap
+        low, high = first + skipped, min(last + skipped, gone)
+        if low < high:
+            said.append((low, high))
+            first = high - skipped
+        skipped += gone_end - gone
+    return said
+
+
+def as_it_stands(forgotten: Sequence[Range], first: int, last: int) -> list[Range]:
+    """Offsets [first, last) into a turn as it was said, as offsets into what is left of it."""
+    standing = []
+    skipped = at = 0
+    for gone, gone_end in [*forgotten, (2**62, 2**62)]:
+        low, high = max(first, at), min(last, gone)
+        if low < high:
+            standing.append((low - skipped, high - skipped))
+        skipped += gone_end - gone
+        at = gone_end
+    return standing
 
 
 def cut_out(rows: JournalRows, start: int, end: int, scrub: Collection[int]) -> None:
@@ -50,18 +79,22 @@ def _without(old: Collection[Entry], start: int, end: int, scrub: Collection[int
     def moved(at: int) -> int:
         return at if at <= start else max(start, at - gone)
 
-    holding = {
-        entry.turn
-        for entry in old
-        if entry.kind == "tokens" and entry.live > _overlap(entry.start, entry.start + entry.live, start, end)
-    }
+    spans: dict[int, Range] = {}
+    for entry in old:
+        if entry.kind == "tokens" and entry.live:
+            spans[entry.turn] = spans.get(entry.turn, (entry.start, 0))[0], entry.start + entry.live
+    holding = {turn for turn, (first, last) in spans.items() if last - first > _overlap(first, last, start, end)}
     for entry in old:
         body, mark, live, first, last = entry.body, entry.mark, entry.live, position, position
         if entry.kind == "turn":
             if entry.turn not in holding and entry.turn != newest_turn:
                 continue
+            about = json.loads(body)
             if entry.turn in scrub or entry.turn not in holding:
-                body = to_json({**json.loads(body), "source": None, "metadata": {}}).encode()
+                about |= {"source": None, "metadata": {}}
+            if entry.turn in spans:
+                about |= _gap([(low, high) for low, high in about.get("forgotten", [])], spans[entry.turn], start, end)
+            body = to_json(about).encode()
         elif entry.kind == "tokens" and live:
             low = min(max(start - entry.start, 0), live)
             high = min(max(end - entry.start, 0), live)
@@ -78,6 +111,20 @@ def _without(old: Collection[Entry], start: int, end: int, scrub: Collection[int
             continue
         seq += 1
         yield Entry(seq, entry.kind, entry.turn, first, last, mark, body, b"", live)
+
+
+def _gap(forgotten: Sequence[Range], span: Range, start: int, end: int) -> dict[str, list[Range]]:
+    """What is forgotten of a turn that stands at `span` once [start, end) is, if anything is."""
+    first, last = max(start, span[0]) - span[0], min(end, span[1]) - span[0]
+    if first >= last:
+        return {}
+    joined: list[Range] = []
+    for low, high in sorted([*forgotten, *as_said(forgotten, first, last)]):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(high, joined[-1][1])
+        else:
+            joined.append((low, high))
+    return {"forgotten": joined}
 
 
 def _overlap(first: int, last: int, start: int, end: int) -> int:

@@ -194,7 +194,7 @@ class SqliteJournal:
             for entry in self._rows.entries("e.kind = 'text' AND e.live > 0 AND e.turn BETWEEN ? AND ?", (first, last)):
                 texts.setdefault(entry.turn, []).append(entry)
             begun = {
-                entry.turn: json.loads(entry.body)
+                entry.turn: _begun(entry.body)
                 for entry in self._rows.entries("e.kind = 'turn' AND e.turn BETWEEN ? AND ?", (first, last))
             }
             missing = spans.keys() - begun.keys()
@@ -409,6 +409,11 @@ def _token_ids(tokens: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]
     if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
         raise ConfigError(f"tokens range from {ids.min()} to {ids.max()}; ids must be in [0, 2**31).")
     return ids.astype("<i4")
+
+
+def _begun(body: bytes) -> dict[str, Any]:
+    about = json.loads(body)
+    return {**about, "forgotten": tuple((first, last) for first, last in about.get("forgotten", ()))}
 
 
 def _joined(texts: list[Entry], start: int, end: int) -> str | None:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+from uuid import uuid4
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -74,7 +75,6 @@ class _Turn(_Strict):
 class _Header(_Strict):
     id: str
     created_at: float
-    lineage: str
     edition: str
     model: dict[str, Any]
     memory: dict[str, Any]
@@ -129,7 +129,7 @@ def import_session(
         meta = {
             "format": SESSION_FORMAT,
             "created_at": header.created_at,
-            "lineage": header.lineage,
+            "lineage": uuid4().hex,
             "model": header.model,
         }
         meta |= {"memory": header.memory, **identity}
@@ -180,7 +180,7 @@ def _header_of(session: SessionFolder) -> tuple[_Header, bytes]:
         for turn in journal.turns()
     ]  # fmt: skip
     header = _Header(
-        id=meta["id"], created_at=meta["created_at"], lineage=meta["lineage"], edition=session.edition,
+        id=meta["id"], created_at=meta["created_at"], edition=session.edition,
         model=meta["model"], memory=meta["memory"], turns=turns, marks=journal.marks(0, position), parts=parts,
     )  # fmt: skip
     return header, tokens

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from memtier.errors import ConfigError, CorruptMemoryError, StorageError
 from memtier_backends import sqlite_file
 from memtier_backends.base import SnapshotRecord
+from memtier_backends.journal_forget import as_it_stands, as_said
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.segments import pack_segment
 from memtier_backends.testing import begin_turn, make_payloads
@@ -108,11 +111,36 @@ def test_what_is_derived_goes_from_where_it_is_told(tmp_path: Path) -> None:
     journal.close()
 
 
-@pytest.mark.parametrize("given", [(5, 5, 0), (-1, 3, 0), (79, 81, 0), (5, 6, 6)], ids=str)
-def test_what_is_no_range_is_refused(tmp_path: Path, given: tuple[int, int, int]) -> None:
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=6), st.integers(0, 39), st.integers(1, 20))
+def test_offsets_into_a_turn_are_known_whatever_was_forgotten_of_it(cuts, first, length) -> None:
+    said = list(range(40))
+    left, forgotten = said, []
+    for at, size in cuts:
+        gone = left[at : at + size]
+        left = left[:at] + left[at + size :]
+        forgotten = runs(sorted([*(n for a, b in forgotten for n in range(a, b)), *gone]))
+    some = left[first : first + length]
+    assert as_said(forgotten, first, first + len(some)) == runs(some)
+    within = [i for i, n in enumerate(left) if first <= n < first + length]
+    assert as_it_stands(forgotten, first, min(first + length, 40)) == runs(within)
+
+
+def runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as ranges."""
+    found: list[tuple[int, int]] = []
+    for n in numbers:
+        if found and found[-1][1] == n:
+            found[-1] = found[-1][0], n + 1
+        else:
+            found.append((n, n + 1))
+    return found
+
+
+@pytest.mark.parametrize("wrong", [(5, 5, 0), (-1, 3, 0), (79, 81, 0), (5, 6, 6)], ids=str)
+def test_what_is_no_range_is_refused(tmp_path: Path, wrong: tuple[int, int, int]) -> None:
     journal = told(tmp_path)
     with pytest.raises(ConfigError, match="forgotten"):
-        journal.forget(given[0], given[1], derived_to=given[2], meta={})
+        journal.forget(wrong[0], wrong[1], derived_to=wrong[2], meta={})
     assert journal.position == 80
     journal.close()
 

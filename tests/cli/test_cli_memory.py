@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     """`run(*arguments)` with --json: the object that was printed, or (exit code, message)."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT)
-    without_a_model = {"checkpoints", "sessions"}
+    without_a_model = {"checkpoints", "sessions", "delete"}
 
     def run(*arguments: str, plain: bool = False) -> Any:
         options = [] if arguments[0] in without_a_model else ["--model", str(model)]
@@ -85,3 +85,29 @@ def test_a_session_that_is_not_there_is_never_made(run: Run, command: tuple[str,
     code, message = run(*command)
     assert code == 1 and "no session 'x'" in message
     assert not Path("memory").exists()
+
+
+def test_forgetting_proves_it(run: Run) -> None:
+    Path("b.txt").write_text("It rained on the hills. " * 8 + "The code for Tavik is 3077, says Mira. " + TEXT)
+    position = run("stream", "b.txt")["position"]
+    told = run("forget", "b", "Tavik Mira")
+    assert "Tavik" in told["text"] and told["proof"]["proven"]
+    assert told["position"] == position - told["tokens"]
+    assert run("recall", "b", "Tavik")["hits"] == []
+    code, message = run("forget", "b", "Tavik")
+    assert code == 1 and "nothing was forgotten" in message
+    assert run("forget", "b", "--start", "3", "--end", "9", "--no-verify")["proof"] is None
+    code, message = run("forget", "b", "--start", "3")
+    assert code == 2 and "exactly one" in message
+
+
+def test_deleting_names_the_forks(run: Run) -> None:
+    run("stream", "a.txt")
+    run("fork", "a", "b")
+    assert run("delete", "a") == {"deleted": ["a"], "still_held_by": ["b"]}
+    code, message = run("delete", "a")
+    assert code == 1 and "no session 'a'" in message
+    assert run("delete", "--all")["deleted"] == ["b"]
+    assert run("sessions")["sessions"] == []
+    code, message = run("delete")
+    assert code == 2 and "exactly one" in message

@@ -15,7 +15,7 @@ PAIRS = [
 ]
 OPENS = {"aclose": "close"}
 FOR_THE_RUNTIME_ONLY = {
-    "Session": {"close_within", "exclusive", "offline", "fork_to", "acknowledges_each_token"},
+    "Session": {"close_within", "exclusive", "offline", "fork_to", "abandon", "acknowledges_each_token"},
     "Generation": {"note_closed"},
 }
 
@@ -85,6 +85,3 @@ def test_the_contract_of_observe_and_generate_is_kept() -> None:
     }
 
 
-@pytest.mark.parametrize("call", ["forget"])
-def test_what_comes_later_says_so(call: str) -> None:
-    assert "Not in this version" in (inspect.getdoc(getattr(memtier.Session, call)) or "")

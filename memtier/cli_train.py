@@ -139,6 +139,9 @@ def train_recall(
     width: Annotated[int, typer.Option(help="Width of the model.")] = 32,
     heads: Annotated[int, typer.Option(help="Heads of attention.")] = 1,
     long_tokens: Annotated[int, typer.Option(help="Ask at this length too; 0 for not.")] = 0,
+    dense_until: Annotated[
+        float, typer.Option(help="Part of the steps after which a span is the chosen blocks, not every sealed token.")
+    ] = 0.85,
     steps: Steps = 500,
     learning_rate: Rate = 6e-3,
     batch_tokens: BatchTokens = 2048,
@@ -170,7 +173,7 @@ def train_recall(
         log_every_steps=log_every,
     )  # fmt: skip
     report = run(
-        cell, out, device=device, resume=resume, minutes=minutes, settings=settings,
+        cell, out, device=device, resume=resume, minutes=minutes, settings=settings, dense_until=dense_until,
         span=_span(span_refresh_tokens, span_blocks), show_progress=sys.stderr.isatty(),
     )  # fmt: skip
     _tell("recall", report, as_json)

@@ -22,11 +22,11 @@ class HostSpanSelector:
         new = [keys, values, landmarks]
         held = self._blocks.get(layer)
         # gradient checkpointing reads a step a second time: what is sealed again takes the place of what was
-        self._blocks[layer] = (
-            new
-            if held is None
-            else [torch.cat([old[:, :first_block], more], dim=1) for old, more in zip(held, new, strict=True)]
-        )
+        if held is not None:
+            # autocast, which training may be in, knows no float16 on a CPU
+            with torch.autocast("cpu", enabled=False):
+                new = [torch.cat([old[:, :first_block], more], dim=1) for old, more in zip(held, new, strict=True)]
+        self._blocks[layer] = new
 
     def select(
         self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int

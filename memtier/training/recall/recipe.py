@@ -43,6 +43,7 @@ def train_recall(
     minutes: float | None = None,
     settings: FitSettings | None = None,
     span: SpanDraw | None = None,
+    dense_until: float | None = None,
     show_progress: bool = True,
 ) -> RecallReport:
     """Train the model of a cell of the recall suite on its task, and ask it.
@@ -55,6 +56,7 @@ def train_recall(
         minutes: stop after so long; a later call goes on.
         settings: the optimizer's side; `steps` and `learning_rate` are the cell's.
         span: sizes of the span, drawn anew for each step.
+        dense_until: see `Recipe`; 0 where sequences are read in pieces.
 
     Raises:
         ConfigError: an argument that cannot work, or a checkpoint of another run.
@@ -62,7 +64,10 @@ def train_recall(
     """
     folder = Path(out)
     config, task, recipe = cell.parts()
-    recipe = replace(recipe, fit=settings or recipe.fit, span=span or recipe.span)
+    recipe = replace(
+        recipe, fit=settings or recipe.fit, span=span or recipe.span,
+        dense_until=recipe.dense_until if dense_until is None else dense_until,
+    )  # fmt: skip
     where = resolve_device(device)
     with progress_bar(show_progress, cell.steps) as on_row:
         model, done = train_model(

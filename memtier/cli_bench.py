@@ -164,3 +164,27 @@ def bench_facts(
     with progress() as on_progress:
         report = run_facts(options, on_progress)
     (emit_json if as_json else show_facts)(report)
+
+
+@bench.command("length")
+def bench_length(
+    size_bytes: Annotated[int | None, typer.Option("--bytes", help="How much text to read (default: all).")] = None,
+    modes: Annotated[str, typer.Option(help="Retrieval modes, and `fresh`: the same text in short sessions.")] = (
+        "on,off,random,recent,fresh"
+    ),
+    file: Annotated[Path | None, typer.Option(help="Text to read (default: CPython's own manual).")] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file (default: docs/results/length.csv of a clone).")] = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Bits per byte by position, far beyond the trained length, for each way to retrieve."""
+    from memtier.bench.length import LengthOptions, run_length
+    from memtier.console import emit_json, progress, show_length
+
+    command = shlex.join(["memtier", *sys.argv[1:]])
+    options = LengthOptions(size_bytes, tuple(modes.split(",")), file, model, device, threads, out, command)
+    with progress() as on_progress:
+        report = run_length(options, on_progress)
+    (emit_json if as_json else show_length)(report)

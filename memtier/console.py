@@ -246,6 +246,16 @@ def show_facts(report: dict[str, Any]) -> None:
     _print(f"facts recalled; written to {report['written_to']}", columns, rows)
 
 
+def show_length(report: dict[str, Any]) -> None:
+    """Bits per byte, one line a stretch of text."""
+    modes = [name for name in ("on", "off", "random", "recent", "fresh") if any(name in row for row in report["curve"])]
+    rows = [
+        (f"{row['from']:,}", f"{row['to']:,}", *(f"{row[mode]:.3f}" if mode in row else "" for mode in modes))
+        for row in report["curve"]
+    ]
+    _print(f"bits per byte; written to {report['written_to']}", ("from", "to", *modes), rows)
+
+
 def _state_line(layer: Any) -> str:
     half_life = "" if layer.half_life_tokens is None else f", half-life {layer.half_life_tokens:,.0f} tokens"
     return f"layer {layer.layer}: {layer.kind} {'×'.join(map(str, layer.shape))}, norm {layer.norm:.2f}{half_life}"

@@ -16,7 +16,6 @@ runs are rows of a CSV file; a later call goes on with what is missing.
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +26,9 @@ from typing import Any
 import torch
 
 import memtier
-import memtier_kernels
 from memtier.bench.demo import OnProgress, choose_questions, first_code, tail_of
 from memtier.bench.machine import describe_machine, use_threads
+from memtier.bench.rows import Row, read_rows, results_folder, write_rows
 from memtier.bench.text import load_text, plant
 from memtier.errors import ConfigError
 from memtier.retriever import StorageSelector
@@ -80,7 +79,7 @@ def run_facts(options: FactsOptions, on_progress: OnProgress) -> dict[str, Any]:
         raise ConfigError(f"--seeds is {options.seeds} and --facts is {options.facts}; each must be at least 1.")
     if unknown := [w for w in options.wordings if w not in WORDINGS] or not options.wordings:
         raise ConfigError(f"--wordings holds {unknown!r}; use some of {', '.join(WORDINGS)}.")
-    path = options.out or _results_file()
+    path = options.out or results_folder() / "facts.csv"
     text = load_text(options.file, options.size_bytes)
     use_threads(options.threads)
     machine = describe_machine()
@@ -95,15 +94,15 @@ def run_facts(options: FactsOptions, on_progress: OnProgress) -> dict[str, Any]:
             found = _exam(text, options, wording, seed, lambda _, d, t, s=stage: on_progress(s, d, t))
             known = {"commit": machine["commit"], "torch": torch.__version__}
             done += [{k: str(v) for k, v in (shared | row | known).items()} for row in found]
-            _write(done, path)
+            write_rows(done, COLUMNS, path)
     kinds = [_identity(options, wording) for wording in options.wordings]
     mine = [row for row in done if any(all(row[k] == v for k, v in kind.items()) for kind in kinds)]
     return {"command": options.command, "machine": machine, "written_to": str(path), "summary": summarise(mine)}
 
 
-def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+def summarise(rows: list[Row]) -> list[dict[str, Any]]:
     """One entry for each kind of exam and condition: seeds, share of right answers, the worst and the best seed."""
-    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(
             tuple(row[k] for k in ("model", "text", "bytes", "facts", "wording", "condition")), []
@@ -120,14 +119,6 @@ def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
             "late_over_fresh_bits": sum(float(r["late_bits"]) / float(r["fresh_bits"]) for r in members) / len(members),
         })  # fmt: skip
     return summary
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of finished exams; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def _identity(options: FactsOptions, wording: Wording) -> dict[str, str]:
@@ -253,18 +244,3 @@ def _with(gold: list[int], ids: torch.Tensor, scores: torch.Tensor) -> tuple[tor
     chosen = sorted([(block, best) for block in gold] + [(i, score) for score, i in others])
     chosen += [(-1, float("-inf"))] * (len(ids) - len(chosen))
     return torch.tensor([i for i, _ in chosen]), torch.tensor([score for _, score in chosen])
-
-
-def _write(rows: list[dict[str, str]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _results_file() -> Path:
-    folder = Path(memtier_kernels.__file__).parents[2] / "docs" / "results"
-    if not folder.exists():
-        raise ConfigError("this is not a clone of the project, which keeps its own results; give a file by --out.")
-    return folder / "facts.csv"

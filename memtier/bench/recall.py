@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-import memtier_kernels
 from memtier.bench.demo import OnProgress
 from memtier.bench.machine import describe_machine
+from memtier.bench.rows import results_folder
 from memtier.errors import ConfigError
 
 __all__ = ["RecallOptions", "run_recall_bench"]
@@ -53,7 +53,7 @@ def run_recall_bench(options: RecallOptions, on_progress: OnProgress) -> dict[st
     if options.plots:
         # before hours of training, not after
         find_matplotlib()
-    folder = options.out or _results_folder()
+    folder = options.out or results_folder() / "recall"
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,10 +87,3 @@ def run_recall_bench(options: RecallOptions, on_progress: OnProgress) -> dict[st
         "written_to": [str(path), str(folder / f"{options.grid}_summary.csv"), *map(str, plots)],
         "summary": summary,
     }
-
-
-def _results_folder() -> Path:
-    folder = Path(memtier_kernels.__file__).parents[2] / "docs" / "results"
-    if not folder.parent.exists():
-        raise ConfigError("this is not a clone of the project, which keeps its own results; give a folder by --out.")
-    return folder / "recall"

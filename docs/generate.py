@@ -1,10 +1,10 @@
 """Writes the generated pages of this folder, or checks that they are up to date.
 
-    python -P docs/generate.py            writes cli.md, config.md and api.md
+    python -P docs/generate.py            writes cli.md, config.md, api.md and results.md
     python -P docs/generate.py --check    exits with 1 and names the pages that are stale
 
 cli.md comes from the command line's own help, config.md from the fields of MemoryConfig, api.md from the docstrings of
-the public names.
+the public names, results.md from the CSV files of docs/results and kernels/benchmarks/results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import memtier
+from memtier.bench.results import results_page
 from memtier.config import FINGERPRINTED, MemoryConfig
 
 HERE = Path(__file__).parent
@@ -114,7 +115,17 @@ def _as_markdown(docstring: str) -> str:
     return "\n\n".join([first.strip(), *(f"```text\n{section.strip()}\n```" for section in sections)])
 
 
-PAGES: dict[str, Callable[[], str]] = {"cli.md": cli_page, "config.md": config_page, "api.md": api_page}
+def results() -> str:
+    """Every table of docs/results."""
+    return f"{NOTE}\n\n{results_page(HERE)}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "cli.md": cli_page,
+    "config.md": config_page,
+    "api.md": api_page,
+    "results.md": results,
+}
 
 
 def stale_pages() -> list[str]:

@@ -1,0 +1,136 @@
+"""docs/results.md: every table made from the CSV files of docs/results and kernels/benchmarks/results, each with the
+command that makes them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from memtier.bench.facts import CONDITIONS, summarise
+from memtier.bench.length import MODES, table
+from memtier.bench.rows import Row, read_rows
+
+__all__ = ["results_page"]
+
+
+def results_page(docs: Path) -> str:
+    """The page, as Markdown.
+
+    Args:
+        docs: the folder docs of a checkout.
+    """
+    results = docs / "results"
+    parts = [
+        "# Results",
+        "Every table is made from the CSV file named under it by `python -P docs/generate.py`; the command beside it "
+        "measures again. What was tried and failed is in the [worklog](worklog.md).",
+        *_facts(read_rows(results / "facts.csv")),
+        *_length(read_rows(results / "length.csv")),
+        *_recall(read_rows(results / "recall" / "cpu_summary.csv"), results / "recall"),
+        *_kernels(docs.parent / "kernels" / "benchmarks" / "results"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(rows: list[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Facts, told early in a long text and asked for at its end"
+    yield (
+        "200 facts (a name and a code of four digits, neither seen in training) stand in the first tenth of the text; "
+        "16 are asked for, greedily. `plain` is one wording for all, `trained` those of training, `unseen` wordings "
+        "that training did not use. `oracle` adds the block with the answer to the choice; `pasted` puts what `recall` "
+        "finds into the window. Means over seeds, lowest and highest in brackets; *hit*: the block with the code is "
+        "among the chosen."
+    )
+    found: dict[tuple[str, ...], dict[str, dict[str, object]]] = {}
+    for entry in summarise(rows):
+        key = tuple(str(entry[k]) for k in ("model", "text", "bytes", "facts", "wording"))
+        found.setdefault(key, {})[entry["condition"]] = entry
+    lines = []
+    for (model, text, size, facts, wording), by in found.items():
+        on = by["on"]
+        lines.append([
+            model, f"{text}, {int(size):,} bytes", facts, wording, str(on["seeds"]),
+            *(_spread(by[condition]) for condition in CONDITIONS), _percent(on["block_hit"]),
+            f"{on['late_over_fresh_bits']:.3f}",
+        ])  # fmt: skip
+    header = ["model", "text", "facts", "wording", "seeds", *CONDITIONS, "hit", "bits late / fresh"]
+    yield _table(header, lines)
+    yield "`memtier bench facts --bytes BYTES --wordings plain,trained,unseen [--file TEXT]` (results/facts.csv)"
+
+
+def _length(rows: list[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Bits per byte by position"
+    yield (
+        "The last 4,096 bytes of each stretch, read in one session a mode; `fresh`: the same bytes in sessions that "
+        "know the kilobyte before alone. nano was trained on sequences of at most 1,024 bytes."
+    )
+    curve = table(rows)
+    modes = [mode for mode in MODES if any(mode in entry for entry in curve)]
+    lines = [
+        [entry["model"], entry["text"], f"{entry['from']:,}", f"{entry['to']:,}"]
+        + [f"{entry[mode]:.3f}" if mode in entry else "" for mode in modes]
+        for entry in curve
+    ]
+    yield _table(["model", "text", "from", "to", *modes], lines)
+    yield "`memtier bench length --file TEXT` (results/length.csv)"
+
+
+def _recall(rows: list[Row], folder: Path) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Associative recall from outside the window, at equal bytes of memory"
+    yield (
+        "T 256, 8 pairs, a gap of at least layers * W between pairs and questions; every model has 2 layers of width "
+        "32 and reads the same steps. Means over seeds, lowest and highest in brackets."
+    )
+    lines = [
+        [
+            row["variant"], row["rule"], row["eidetic_tokens"], f"{row['task']}, fillers {row['fillers']}",
+            f"{int(row['memory_bytes']):,}", row["seeds"], _range(row), row["block_hit"],
+            f"{row['long_accuracy']} at {int(row['long_tokens']):,}" if row["long_accuracy"] else "",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["model", "rule", "M", "task", "bytes", "seeds", "accuracy", "block hit", "accuracy at length"]
+    yield _table(header, lines)
+    for name, what in (("cpu_models.png", "accuracy by model"), ("cpu_slots.png", "accuracy by eidetic slots")):
+        if (folder / name).exists():
+            yield f"![{what}](results/recall/{name})"
+    yield "`memtier bench recall --grid cpu --plots` (results/recall/cpu.csv)"
+
+
+def _kernels(folder: Path) -> Iterator[str]:
+    yield "## Operations against their peers"
+    for device in ("cpu", "cuda"):
+        rows = [row for row in read_rows(folder / f"{device}.csv") if not row["case"].startswith("check ")]
+        if not rows:
+            continue
+        where = f"{rows[0]['device']}, {rows[0]['versions']}, commit {rows[0]['commit']}"
+        yield f"On {device} ({where}):"
+        lines = [
+            [row["case"], row["candidate"], row["median_ms"] or row["status"], row["times_memtier"], row["demand"]]
+            for row in rows
+        ]
+        yield _table(["case", "candidate", "median ms", "times ours", "wanted"], lines)
+        yield f"`memtier bench kernels --device {device}` (kernels/benchmarks/results/{device}.csv)"
+
+
+def _spread(entry: dict[str, object]) -> str:
+    return f"{_percent(entry['right'])} ({_percent(entry['lowest'])}-{_percent(entry['highest'])})"
+
+
+def _percent(share: object) -> str:
+    return "" if share is None else f"{100 * float(str(share)):.0f} %"
+
+
+def _range(row: Row) -> str:
+    return row["accuracy"] if row["seeds"] == "1" else f"{row['accuracy']} ({row['lowest']}-{row['highest']})"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines)

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from memtier.reports import BlockContent as BlockContent
     from memtier.reports import CheckpointInfo as CheckpointInfo
     from memtier.reports import ErasureProof as ErasureProof
+    from memtier.reports import Finding as Finding
     from memtier.reports import ForgetReport as ForgetReport
     from memtier.reports import MemoryReport as MemoryReport
     from memtier.reports import ObserveReport as ObserveReport
     from memtier.reports import RuntimeStats as RuntimeStats
+    from memtier.reports import SessionHealth as SessionHealth
     from memtier.reports import SessionInfo as SessionInfo
     from memtier.reports import SessionStats as SessionStats
     from memtier.reports import TurnInfo as TurnInfo
@@ -69,10 +71,12 @@ _HOMES = {
         "BlockContent",
         "CheckpointInfo",
         "ErasureProof",
+        "Finding",
         "ForgetReport",
         "MemoryReport",
         "ObserveReport",
         "RuntimeStats",
+        "SessionHealth",
         "SessionInfo",
         "SessionStats",
         "TurnInfo",
@@ -90,6 +94,7 @@ __all__ = [
     "ConfigError",
     "CorruptMemoryError",
     "ErasureProof",
+    "Finding",
     "ForgetReport",
     "Generation",
     "IncompatibleMemoryError",
@@ -105,6 +110,7 @@ __all__ = [
     "Session",
     "SessionBusyError",
     "SessionError",
+    "SessionHealth",
     "SessionInfo",
     "SessionNotFoundError",
     "SessionStats",

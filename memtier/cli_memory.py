@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import memtier
 from memtier.cli_options import DEFAULT_STORE, Adapter, Device, Json, Model, SessionArgument, Store, Tenant
 from memtier.errors import ConfigError, SessionError
+
+if TYPE_CHECKING:
+    from memtier.reports import SessionHealth
 
 __all__ = ["memory"]
 
@@ -202,6 +205,40 @@ def delete(
         _tell({"deleted": [session], "still_held_by": remove_session_of(store, tenant, session)}, as_json)
     else:
         _tell({"deleted": remove_tenant(store, tenant), "still_held_by": []}, as_json)
+
+
+@memory.command()
+def doctor(
+    session: Annotated[str | None, typer.Argument(help="Id of the session (default: all of the tenant).")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Mend what is found, put aside what is unknown.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Read and check every byte.")] = False,
+    store: Store = DEFAULT_STORE,
+    tenant: Tenant = "default",
+    as_json: Json = False,
+) -> None:
+    """Look over the files of sessions; exit code 1 if something is wrong and was not mended. Needs no model."""
+    import anyio
+
+    from memtier.console import emit_json, show_health
+    from memtier.folder import Backends
+    from memtier.peek import require_session
+    from memtier.recovery.doctor import examine
+    from memtier_backends.layout import session_folders
+
+    async def run(function: Any, *arguments: Any) -> Any:
+        return function(*arguments)
+
+    async def look() -> list[SessionHealth]:
+        return [await examine(folder, Backends(), run, rebuild=rebuild, full=full) for folder in folders]
+
+    folders = session_folders(store, tenant) if session is None else [require_session(store, tenant, session).folder]
+    found = anyio.run(look)
+    if as_json:
+        emit_json({"store": str(store), "sessions": [health.model_dump(mode="json") for health in found]})
+    else:
+        show_health(found)
+    if not all(health.healthy for health in found):
+        raise typer.Exit(1)
 
 
 @memory.command("import")

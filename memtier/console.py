@@ -16,13 +16,14 @@ from rich.table import Table
 if TYPE_CHECKING:
     from memtier.bench.demo import OnProgress
     from memtier.blocks import MemoryHit
-    from memtier.reports import CheckpointInfo, MemoryReport, SessionInfo, TurnInfo
+    from memtier.reports import CheckpointInfo, MemoryReport, SessionHealth, SessionInfo, TurnInfo
 
 __all__ = [
     "emit_json",
     "progress",
     "show_checkpoints",
     "show_demo",
+    "show_health",
     "show_hits",
     "show_memory",
     "show_sessions",
@@ -122,6 +123,19 @@ def show_turns(turns: Iterable[TurnInfo]) -> None:
     ]
     shown = [(*row[:-1], row[-1] if len(row[-1]) <= 200 else row[-1][:200] + "…") for row in rows]
     _print(None, ("turn", "role", "tokens", "when", "source", "text"), shown)
+
+
+def show_health(sessions: Iterable[SessionHealth]) -> None:
+    """What a look at the files of sessions found."""
+    rows = [
+        (health.id or health.folder, finding.what, "mended" if finding.mended else "", finding.problem)
+        for health in sessions
+        for finding in health.findings
+    ]
+    if not rows:
+        Console().print("Every file is as it was written.")
+        return
+    _print(None, ("session", "what", "", "problem"), rows)
 
 
 def show_checkpoints(checkpoints: Iterable[CheckpointInfo]) -> None:

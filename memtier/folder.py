@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -32,6 +33,7 @@ log = logging.getLogger("memtier")
 META = "session"
 EDITION = "edition"
 FORMAT = 1
+_OURS = re.compile(r"(\d{10}-\d{10}|\d{12})-[0-9a-f]{16}\.safetensors")
 
 
 async def _lance(folder: Path, layers: list[int]) -> MemoryIndex:
@@ -126,9 +128,14 @@ class SessionFolder:
         known = {m.name for m in self.journal.segments()}, {s.name for s in self.journal.snapshots()}
         for store, names in zip((self.segments, self.snapshots), known, strict=True):
             store.clean()
-            for orphan in set(store.list()) - names:
+            for orphan in filter(is_ours, set(store.list()) - names):
                 log.info("%s: dropped %s, which no record names", self.paths.folder, orphan)
                 store.delete(orphan)
+
+
+def is_ours(name: str) -> bool:
+    """True for a file that a segment or a snapshot was written to; anything else there is somebody's, and stays."""
+    return _OURS.fullmatch(name) is not None
 
 
 def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings) -> None:

@@ -14,6 +14,7 @@ __all__ = [
     "ContextReport",
     "EideticToken",
     "ErasureProof",
+    "Finding",
     "FinishReason",
     "ForgetReport",
     "LayerSelection",
@@ -21,6 +22,7 @@ __all__ = [
     "ObserveReport",
     "RuntimeStats",
     "SelectedBlock",
+    "SessionHealth",
     "SessionInfo",
     "SessionStats",
     "StateLayer",
@@ -243,6 +245,28 @@ class ForgetReport(_Report):
     also_at: tuple[tuple[int, int], ...]
     proof: ErasureProof | None
     seconds: float
+
+
+class Finding(_Report):
+    """Something that is not as it was written: what it is, and what is wrong with it.
+
+    `mended`: it was put right, or put aside, where that was asked for. `harmless`: nothing has to be done.
+    """
+
+    what: str
+    problem: str
+    mended: bool
+    harmless: bool = False
+
+
+class SessionHealth(_Report):
+    """What a look at a session's files found. `healthy` if every finding was mended or does no harm."""
+
+    id: str | None
+    folder: str
+    position: int
+    healthy: bool
+    findings: tuple[Finding, ...]
 
 
 class TurnInfo(_Report):

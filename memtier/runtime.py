@@ -28,14 +28,15 @@ from memtier.listing import describe_all, remove_session_of, remove_tenant
 from memtier.models.adapters import Adapter
 from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
+from memtier.recovery.doctor import examine
 from memtier.recovery.portable import exported_id, import_session
-from memtier.reports import RuntimeStats, SessionInfo
+from memtier.reports import RuntimeStats, SessionHealth, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
-from memtier.threads import WorkerThread
+from memtier.threads import WorkerThread, shielded
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.layout import check_store, session_folder
+from memtier_backends.layout import check_store, session_folder, session_folders
 
 __all__ = ["Runtime", "open"]
 
@@ -228,8 +229,7 @@ class Runtime:
             session = self._sessions.get(session_id)
             if session is not None:
                 await session.close_within(write=False)
-            with anyio.CancelScope(shield=True):
-                return await self._journal_thread.run(remove_session_of, self._store, self._tenant, session_id)
+            return await shielded(self._journal_thread.run(remove_session_of, self._store, self._tenant, session_id))
 
     async def delete_tenant(self) -> list[str]:
         """Close all sessions of this tenant, and remove all that is on disk of them.
@@ -243,12 +243,20 @@ class Runtime:
         self._check_open()
         for session in list(self._sessions.values()):
             await session.close_within(write=False)
-        with anyio.CancelScope(shield=True):
-            return await self._journal_thread.run(remove_tenant, self._store, self._tenant)
+        return await shielded(self._journal_thread.run(remove_tenant, self._store, self._tenant))
 
-    async def doctor(self) -> None:
-        """Not in this version. Raises SessionError."""
-        raise SessionError("doctor comes in a later version of memtier.")
+    async def doctor(self, *, rebuild: bool = False, full: bool = False) -> list[SessionHealth]:
+        """Look over the files of this tenant's sessions, but for those that are open, which are only named.
+
+        Args:
+            rebuild: mend what is found. Derived files are made again; what cannot be accounted for is moved to the
+                session's `quarantine` folder; of a damaged journal, what stands before the damage is kept.
+            full: read and check every byte.
+        """
+        self._check_open()
+        run, backends = self._journal_thread.run, self._backends
+        folders = session_folders(self._store, self._tenant)
+        return [await examine(folder, backends, run, rebuild=rebuild, full=full) for folder in folders]
 
     def stats(self) -> RuntimeStats:
         """Counters of the runtime and its open sessions, at once."""

@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     """`run(*arguments)` with --json: the object that was printed, or (exit code, message)."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT)
-    without_a_model = {"checkpoints", "sessions", "delete"}
+    without_a_model = {"checkpoints", "sessions", "delete", "doctor"}
 
     def run(*arguments: str, plain: bool = False) -> Any:
         options = [] if arguments[0] in without_a_model else ["--model", str(model)]
@@ -111,3 +111,15 @@ def test_deleting_names_the_forks(run: Run) -> None:
     assert run("sessions")["sessions"] == []
     code, message = run("delete")
     assert code == 2 and "exactly one" in message
+
+
+def test_the_doctor_finds_and_mends(run: Run) -> None:
+    run("stream", "a.txt")
+    assert run("doctor", "--full")["sessions"][0]["findings"] == []
+    (stray, *_) = Path("memory").glob("*/*/segments")
+    (stray / "stray.bin").write_text("x")
+    code, _ = run("doctor", "a")
+    assert code == 1
+    (health,) = run("doctor", "a", "--rebuild")["sessions"]
+    assert health["healthy"] and health["findings"][0]["mended"]
+    assert "as it was written" in run("doctor", plain=True)

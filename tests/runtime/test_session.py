@@ -343,12 +343,6 @@ async def test_the_model_is_given_back_as_it_came(open_store) -> None:
     assert model.training
 
 
-async def test_what_comes_later_says_so(open_store) -> None:
-    async with open_store() as runtime:
-        with pytest.raises(SessionError, match="later version"):
-            await runtime.doctor()
-
-
 def test_the_blocking_names_and_signatures_are_the_async_ones() -> None:
     pairs = [(memtier.Runtime, memtier.SyncRuntime), (memtier.Session, memtier.SyncSession)]
     for asynchronous, blocking in pairs:

@@ -1,0 +1,120 @@
+"""What can be kept of a damaged journal: its entries up to the first that is not what was written, as a new journal."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from memtier.errors import CorruptMemoryError
+from memtier_backends.base import SegmentManifest
+from memtier_backends.journal_rows import Entry, Head, JournalRows, create
+from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.sqlite_file import connect, sqlite_errors
+
+__all__ = ["salvage"]
+
+
+def salvage(path: Path, target: Path) -> tuple[int, int | None]:
+    """Write what stands before the damage to a new journal; the damaged one is only read.
+
+    Returns:
+        tokens that were kept, and how many the journal says that it held beyond them; None if it does not say.
+
+    Raises:
+        CorruptMemoryError: nothing can be kept, or what says whose memory it is is damaged.
+    """
+    with sqlite_errors(path, "read the damaged journal"), closing(connect(path, read_only=True)) as connection:
+        rows = JournalRows(path, connection)
+        entries = list(_readable(rows))
+        records = list(_readable_records(rows))
+        try:
+            said = rows.head().position
+        except (CorruptMemoryError, sqlite3.Error):
+            said = None
+    if not any(kind == "meta" and name == "session" for kind, name, _, _ in records):
+        raise CorruptMemoryError(f"{path} no longer says which session it is, nor which model wrote it.")
+    standing = _standing(entries)
+    create(target)
+    journal = SqliteJournal.open(target)
+    try:
+        position = _fill(journal, entries, standing, records)
+        journal.verify()
+    finally:
+        journal.close()
+    return position, None if said is None else max(0, said - position)
+
+
+def _readable(rows: JournalRows) -> Iterator[Entry]:
+    """Entries in order, until one is missing or damaged."""
+    seq = 0
+    try:
+        for entry in rows.entries("1", ()):
+            seq += 1
+            if entry.seq != seq:
+                return
+            yield entry
+    except (CorruptMemoryError, sqlite3.Error, UnicodeDecodeError):
+        return
+
+
+def _readable_records(rows: JournalRows) -> Iterator[tuple[str, str, int, Any]]:
+    for kind in ("meta", "segment", "snapshot"):
+        try:
+            names = [name for (name,) in rows.execute("SELECT name FROM records WHERE kind = ? ORDER BY rank", (kind,))]
+        except (sqlite3.Error, UnicodeDecodeError):
+            continue
+        for name in names:
+            try:
+                (value,) = rows.records(kind, name)
+                (rank,) = rows.execute("SELECT rank FROM records WHERE kind = ? AND name = ?", (kind, name)).fetchone()
+            except (CorruptMemoryError, sqlite3.Error, UnicodeDecodeError, ValueError):
+                continue
+            yield kind, name, rank, value
+
+
+def _standing(entries: list[Entry]) -> dict[int, int]:
+    """How many tokens of each entry stand, 1 for a text; it is in no digest, and follows from the entries."""
+    tokens: list[Entry] = []
+    texts: list[Entry] = []
+    for entry in entries:
+        if entry.kind == "tokens":
+            tokens.append(replace(entry, live=entry.end - entry.start))
+        elif entry.kind == "text":
+            texts.append(entry)
+        elif entry.kind == "rollback":
+            while tokens and tokens[-1].start >= entry.start:
+                tokens.pop()
+            if tokens:
+                tokens[-1] = replace(tokens[-1], live=min(tokens[-1].live, entry.start - tokens[-1].start))
+            texts = [text for text in texts if text.end <= entry.start]
+    return {entry.seq: entry.live for entry in tokens} | {text.seq: 1 for text in texts}
+
+
+def _fill(
+    journal: SqliteJournal, entries: list[Entry], standing: dict[int, int], records: list[tuple[str, str, int, Any]]
+) -> int:
+    rows = journal._rows
+    head = Head()
+    with journal._transaction("keep what can be kept"):
+        for entry in entries:
+            if entry.kind in ("tokens", "rollback"):
+                head = replace(head, position=entry.end)
+            head = rows.append(
+                replace(head, turn=entry.turn), entry.kind, entry.start, entry.end, entry.body, mark=entry.mark,
+                live=standing.get(entry.seq, 0),
+            )  # fmt: skip
+        next_block = 0
+        for kind, name, rank, value in records:
+            if kind == "segment":
+                manifest = SegmentManifest.from_json(value)
+                if manifest.first_block != next_block or manifest.end > head.position:
+                    continue
+                next_block = manifest.end_block
+            elif kind == "snapshot" and value["position"] > head.position:
+                continue
+            rows.put_record(kind, name, rank, value)
+    return head.position

@@ -1,0 +1,203 @@
+"""The doctor finds what is damaged, mends what is derived, puts aside what it does not know, and loses nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtier.errors import CorruptMemoryError
+from memtier_backends.layout import SessionPaths, session_folder
+
+pytestmark = pytest.mark.anyio
+
+EXACT = {"rtol": 0.0, "atol": 1e-9}
+
+
+def paths_of(tmp_path: Path, session_id: str = "a") -> SessionPaths:
+    return SessionPaths(session_folder(tmp_path / "store", "default", session_id))
+
+
+@pytest.fixture
+async def stored(open_store, ids, tmp_path) -> torch.Tensor:
+    """A session of 200 tokens with a checkpoint at 100; the logits of the 100 tokens that would follow."""
+    async with open_store("whole", snapshot_every_tokens=64) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        after = (await session.observe(ids[200:], logits=True)).logits
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:100])
+        await session.checkpoint("kept")
+        await session.observe(ids[100:200])
+        await session.flush()
+    return after
+
+
+def wrong(health) -> list:
+    """Findings, but for the index: these tests keep it in memory, so that it is lost each time."""
+    return [finding for finding in health.findings if finding.what != "index"]
+
+
+def newest(folder: Path) -> Path:
+    return sorted(folder.iterdir())[-1]
+
+
+def flip(path: Path, at: int | None = None) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 4
+    # a file of its own: others may share the old one's bytes
+    path.unlink()
+    path.write_bytes(data)
+
+
+def lost_segment(paths: SessionPaths) -> None:
+    newest(paths.segments).unlink()
+
+
+def torn_segment(paths: SessionPaths) -> None:
+    path = sorted(paths.segments.iterdir())[1]
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flipped_segment(paths: SessionPaths) -> None:
+    flip(sorted(paths.segments.iterdir())[0])
+
+
+def flipped_snapshot(paths: SessionPaths) -> None:
+    flip(newest(paths.snapshots))
+
+
+def lost_snapshots(paths: SessionPaths) -> None:
+    shutil.rmtree(paths.snapshots)
+    paths.snapshots.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "full", "what"),
+    [
+        (lost_segment, False, "segment"),
+        (torn_segment, False, "segment"),
+        (flipped_segment, True, "segment"),
+        (flipped_snapshot, True, "snapshot"),
+        (lost_snapshots, False, "snapshot"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+async def test_what_is_derived_is_mended(
+    open_store, ids, stored, tmp_path, damage: Callable[[SessionPaths], None], full, what
+) -> None:
+    damage(paths_of(tmp_path))
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        (told,) = await runtime.doctor(full=full)
+        assert not told.healthy and what in told.findings[0].what
+        (mended,) = await runtime.doctor(rebuild=True, full=full)
+        assert mended.healthy and mended.id == "a" and mended.position == 200
+        (after,) = await runtime.doctor(full=True)
+        assert wrong(after) == []
+        session = await runtime.session("a")
+        logits = (await session.observe(ids[200:], logits=True)).logits
+        torch.testing.assert_close(logits, stored, **EXACT)
+        await session.flush()
+        await session.restore("kept")
+        assert session.position == 100
+
+
+async def test_a_whole_store_has_no_finding_and_open_sessions_are_named(open_store, stored) -> None:
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor(full=True)
+        assert told.healthy and wrong(told) == [] and told.position == 200
+        await runtime.session("a")
+        (told,) = await runtime.doctor(rebuild=True, full=True)
+        assert told.healthy and "is open" in told.findings[0].problem
+
+
+async def test_unknown_files_are_put_aside_and_never_deleted(open_store, stored, tmp_path) -> None:
+    paths = paths_of(tmp_path)
+    strangers = [paths.folder / "notes.txt", paths.segments / "mine.bin", paths.snapshots / "copy.safetensors"]
+    for stranger in strangers:
+        stranger.write_text(f"precious {stranger.name}")
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.close()
+        assert all(stranger.exists() for stranger in strangers)
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and len(wrong(told)) == 3
+        assert not any(stranger.exists() for stranger in strangers)
+        kept = {path.read_text() for path in (paths.folder / "quarantine").iterdir()}
+        assert kept == {f"precious {stranger.name}" for stranger in strangers}
+        assert wrong((await runtime.doctor())[0]) == []
+
+
+async def test_of_a_damaged_journal_what_stands_before_the_damage_is_kept(open_store, ids, stored, tmp_path) -> None:
+    paths = paths_of(tmp_path)
+    data = paths.journal.read_bytes()
+    flip(paths.journal, data.index(torch.tensor(ids[100:120], dtype=torch.int32).numpy().tobytes()))
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        session = await runtime.session("a")
+        with pytest.raises(CorruptMemoryError, match="position 100"):
+            await session.timeline.tokens(0, 200)
+        await session.close()
+        (told,) = await runtime.doctor()
+        assert not told.healthy and "keeps what stands before" in told.findings[0].problem
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and told.position == 100
+        assert "Kept 100 tokens; at most 100 that were acknowledged" in told.findings[0].problem
+        assert any(path.name.startswith("journal") for path in (paths.folder / "quarantine").iterdir())
+        assert wrong((await runtime.doctor(full=True))[0]) == []
+        session = await runtime.session("a")
+        assert (await session.timeline.tokens(0, 100)).tolist() == ids[:100]
+        await session.observe(ids[100:200])
+        logits = (await session.observe(ids[200:], logits=True)).logits
+        torch.testing.assert_close(logits, stored, **EXACT)
+
+
+async def test_a_journal_that_is_no_journal_is_told_and_left(open_store, stored, tmp_path) -> None:
+    paths = paths_of(tmp_path)
+    paths.journal.write_bytes(b"no journal" * 500)
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor(rebuild=True)
+        assert not told.healthy and "Nothing of it can be kept" in told.findings[0].problem
+        assert paths.journal.read_bytes().startswith(b"no journal")
+
+
+async def test_a_damaged_checkpoint_is_put_aside(open_store, ids, stored, tmp_path) -> None:
+    kept = paths_of(tmp_path).checkpoint("kept")
+    flip(kept.journal, kept.journal.read_bytes().index(torch.tensor(ids[:40], dtype=torch.int32).numpy().tobytes()))
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and "checkpoint" in told.findings[0].what
+        session = await runtime.session("a")
+        assert await session.checkpoints() == []
+        assert session.position == 200
+
+
+async def test_a_damaged_index_is_made_again(tmp_path, tokenizer) -> None:
+    import memtier
+    from memtier.testing import tiny_model
+
+    model = tiny_model(window_tokens=32, span_block_tokens=16, span_refresh_tokens=8)
+    async with memtier.open(tmp_path / "store", model=model, tokenizer=tokenizer) as runtime:
+        session = await runtime.session("a")
+        await session.observe("Zebras graze here. " + "It rained on the hills. " * 6)
+        await session.close()
+        index = paths_of(tmp_path).index
+        heads = sorted(index.rglob("_versions/*.manifest"))
+        for head in heads:
+            # what a power cut may leave: the newest versions are there, and empty
+            head.write_bytes(b"")
+        (told,) = await runtime.doctor()
+        assert not told.healthy and told.findings[0].what == "index"
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy
+        session = await runtime.session("a")
+        assert "Zebras" in (await session.recall("zebras"))[0].text
+        await session.close()
+        shutil.rmtree(index)
+        session = await runtime.session("a")
+        assert "Zebras" in (await session.recall("zebras"))[0].text

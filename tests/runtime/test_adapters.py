@@ -149,6 +149,22 @@ async def test_a_session_goes_on_under_its_adapter_after_a_restart_and_in_a_fork
     assert (rest - whole[150:]).abs().max() < 1e-9
 
 
+async def test_an_exported_session_is_taken_in_under_its_adapter_only(
+    open_store, adapters, ids, tmp_path: Path
+) -> None:
+    first, second = adapters
+    async with open_store("here") as runtime:
+        await logits(runtime, "s", ids[:80], first)
+        await (await runtime.session("s")).export(tmp_path / "s.memtier")
+    async with open_store("there") as runtime:
+        for wrong in (second, None):
+            with pytest.raises(IncompatibleMemoryError, match="adapter is"):
+                await runtime.import_session(tmp_path / "s.memtier", adapter=wrong)
+        taken = await runtime.import_session(tmp_path / "s.memtier", adapter=first)
+        assert taken.position == 80
+        assert (await taken.inspect()).weights.adapters == ("first",)
+
+
 async def test_the_report_names_the_adapter(open_store, adapters, ids) -> None:
     async with open_store() as runtime:
         sessions = [await runtime.session(str(a), adapter=a) for a in (adapters[0], None)]

@@ -287,5 +287,8 @@ def test_the_module_runs_every_recipe_without_the_command_line(
     assert report["after"]["sequence_tokens"] == 96
     report = run("recall", "--out", str(tmp_path / "r"), pairs=2, tokens=44, gap=20, vocabulary=20, width=8, steps=1)
     assert report["step"] == 1
+    again = ["recall", "--out", str(tmp_path / "shown"), "--device", "cpu", "--set", "steps=2", "--set", "width=8"]
+    assert main([*again, "--set", "batch_tokens=256"]) == 0
+    assert "step 2 of 2" in capsys.readouterr().err
     assert main(["recall", "--out", str(tmp_path / "r"), "--set", "wings=2"]) == 1
     assert "wings" in capsys.readouterr().err

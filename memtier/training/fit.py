@@ -36,7 +36,7 @@ class FitRow:
     """One row of log.csv: means over the steps since the row before; sizes are those of the last step.
 
     Args:
-        loss: nats a target; innovation_loss and span_loss unweighted, NaN where there is none.
+        loss: nats a target; innovation_loss and span_loss unweighted, NaN where a step had none.
         gradient_norm: before clipping.
     """
 
@@ -102,12 +102,15 @@ def fit(
         on_row: called with each row of the log; on_step with the number of steps done.
 
     Raises:
-        ConfigError: the checkpoint is of another course or other settings; dense far attention in pieces.
+        ConfigError: the checkpoint is of another course or other settings; dense far attention in pieces; nothing to
+            train.
         ModelError: ten steps in a row had a loss or gradient that is not finite.
         IncompatibleMemoryError: the checkpoint is of another model.
         CorruptMemoryError: the checkpoint cannot be read.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError("no parameter of this model requires gradients; there is nothing to train.")
     device = parameters[0].device
     optimizer = make_optimizer(
         model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas

@@ -159,7 +159,9 @@ def train_hylora(
         after=after,
     )
     if done.finished:
-        write_adapter(folder, adapted.peft_config[_NAME], trained)
+        config = adapted.peft_config[_NAME]
+        config.base_model_name_or_path = str(model)
+        write_adapter(folder, config, trained)
         write_record(
             folder, "hylora", report, seed=seed, model=str(model), adapter=asdict(adapter), settings=asdict(settings),
             lessons=asdict(lessons), corpus=[asdict(f) for f in read.files],

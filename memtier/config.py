@@ -66,6 +66,12 @@ class MemoryConfig(BaseModel):
     )
     max_open_sessions: int = Field(64, ge=1, description="Sessions one runtime holds open.")
     max_turn_tokens: int = Field(10_000_000, ge=1, description="Longest single turn that is taken.")
+    min_free_bytes: int = Field(
+        32 * 2**20, ge=0, description="Free space on the store's disk below which nothing new is taken."
+    )
+    reserve_bytes: int = Field(
+        4 * 2**20, ge=0, description="Space set aside in the store, so that forgetting works on a full disk. 0: none."
+    )
     durability: Literal["turn", "token"] = Field(
         "turn", description="'turn': sampled tokens are acknowledged when the call ends; 'token': one by one."
     )

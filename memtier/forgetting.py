@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier.blocks import MemoryHit
-from memtier.errors import ConfigError, SessionError, StorageError
+from memtier.errors import ConfigError, SessionError, StorageError, StorageFullError
 from memtier.folder import SessionFolder
 from memtier.parts import Shared
 from memtier.recovery import erasure
@@ -168,7 +168,15 @@ class Forgetter:
     ) -> list[str]:
         others = [other for one in held if (other := self._sessions.get(one.session_id)) is not None]
         try:
-            return await self._forget_offline(session, held, start, end, keep_first)
+            try:
+                return await self._forget_offline(session, held, start, end, keep_first)
+            except StorageFullError:
+                # to forget takes room, too: what was set aside for it
+                if not await self._shared.journal.run(self._shared.space.release):
+                    raise
+                return await self._forget_offline(session, held, start, end, keep_first)
+            finally:
+                await self._shared.journal.run(self._shared.space.fill)
         except StorageError as error:
             # the intent is journaled, and its positions hold until it is done: nothing may be written meanwhile
             for one in (session, *others):

@@ -24,9 +24,13 @@ class History:
         journal: the session's journal.
         thread: the journal thread; every call to `journal` runs there.
         position: tokens it holds.
+        check_room: raises StorageFullError where nothing new may be taken; runs on the journal thread.
     """
 
-    def __init__(self, journal: Journal, thread: WorkerThread, position: int) -> None:
+    def __init__(
+        self, journal: Journal, thread: WorkerThread, position: int, check_room: Callable[[], None] = lambda: None
+    ) -> None:
+        self._check_room = check_room
         self.journal = journal
         self._thread = thread
         self.position = position
@@ -55,6 +59,7 @@ class History:
             # a commit whose answer was lost must not be sent twice
             if self.journal.position == after != before:
                 return after
+            self._check_room()
             return self.journal.commit(turn, tokens, text=text, mark=mark)
 
         self.position = await self.call(once)

@@ -26,6 +26,7 @@ from memtier.timeline import Timeline
 from memtier.updater import Updater
 from memtier.views import Views
 from memtier_backends.layout import session_folders
+from memtier_backends.space import Space
 
 __all__ = ["Parts", "Shared"]
 
@@ -50,6 +51,7 @@ class Shared:
 
     Args:
         store, tenant: whose sessions.
+        space: on the store's disk.
         model: the thread that owns every tensor.
         journal: the thread that owns every journal.
         tasks: where updaters run.
@@ -63,6 +65,7 @@ class Shared:
     pool: DevicePool | None
     batcher: DecodeBatcher
     backends: Backends
+    space: Space
     model: WorkerThread
     journal: WorkerThread
     tasks: anyio.abc.TaskGroup
@@ -117,7 +120,7 @@ class Shared:
         )  # fmt: skip
         position, manifests, indexed = await self.journal.run(_read_marks, opened)
         await io.run(storage.load, manifests)
-        history = History(opened.journal, self.journal, position)
+        history = History(opened.journal, self.journal, position, self.space.check)
         updater = Updater(
             session_id, opened, history, storage, self.weights.codec, io,
             inbox_blocks=config.inbox_blocks, indexed=indexed,

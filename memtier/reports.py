@@ -145,15 +145,23 @@ class MemoryReport(_Report):
 
 
 class SessionStats(_Report):
-    """Counters of one open session. Bytes are of host memory, but for `device_bytes`, and `segment_bytes` on disk."""
+    """Counters of one open session. Bytes are of host memory, but for `device_bytes`, and `segment_bytes` on disk.
+
+    Each limit stands beside what it limits; None where there is none. `waited_seconds` is how long steps have waited
+    for the disk: back-pressure, as `inbox_blocks` reached its limit or a snapshot was on its way.
+    """
 
     session: str
     position: int
     blocks: int
     inbox_blocks: int
+    inbox_limit_blocks: int
+    waited_seconds: float
     pinned_bytes: int
     hot_bytes: int
+    hot_limit_bytes: int | None
     landmark_bytes: int
+    landmark_limit_bytes: int | None
     device_bytes: int
     segment_bytes: int
     lag_tokens: int
@@ -164,7 +172,8 @@ class SessionStats(_Report):
 
 
 class RuntimeStats(_Report):
-    """Counters of a runtime: its open sessions, the jobs that wait for the model thread, its device pool, and
+    """Counters of a runtime: its open sessions, the jobs that wait for the model thread, free space on the store's disk
+    (below `min_free_bytes` nothing new is taken), its device pool, and
     `decode_batches`: forward passes over sampled tokens by how many sessions shared them.
 
     `pool_bytes` are on the device whether used or not. `pool_hit_rate` is the share of retrieved blocks that were in
@@ -175,6 +184,9 @@ class RuntimeStats(_Report):
     device: str
     waiting_steps: int
     open_sessions: int
+    max_open_sessions: int
+    free_bytes: int
+    min_free_bytes: int
     pool_bytes: int
     pool_blocks: int
     pool_hits: int

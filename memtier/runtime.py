@@ -37,6 +37,7 @@ from memtier.threads import WorkerThread, shielded
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.layout import check_store, session_folder, session_folders
+from memtier_backends.space import Space
 
 __all__ = ["Runtime", "open"]
 
@@ -100,9 +101,10 @@ class Runtime:
             self._pool = await self._model_thread.run(self._make_pool)
             self._batcher = DecodeBatcher(self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()
+            self._space = await self._journal_thread.run(self._set_space_aside)
             self._shared = Shared(
                 self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
-                self._backends, self._model_thread, self._journal_thread, self._tasks,
+                self._backends, self._space, self._model_thread, self._journal_thread, self._tasks,
             )  # fmt: skip
             self._forgetter = Forgetter(self._shared, self._sessions)
             await self._tasks.__aenter__()
@@ -267,6 +269,9 @@ class Runtime:
             device=str(self._weights.device),
             waiting_steps=self._model_thread.waiting,
             open_sessions=len(self._sessions),
+            max_open_sessions=self._config.max_open_sessions,
+            free_bytes=self._space.free_bytes,
+            min_free_bytes=self._config.min_free_bytes,
             pool_bytes=0 if pool is None else pool.nbytes,
             pool_blocks=0 if pool is None else pool.blocks,
             pool_hits=0 if pool is None else pool.hits,
@@ -323,6 +328,12 @@ class Runtime:
             async with self._under(source.timeline.reader.weights.adapter) as shared:
                 session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
         return session
+
+    def _set_space_aside(self) -> Space:
+        config = self._config
+        space = Space(self._store, min_free_bytes=config.min_free_bytes, reserve_bytes=config.reserve_bytes)
+        space.fill()
+        return space
 
     def _check_room(self) -> None:
         if len(self._sessions) >= self._config.max_open_sessions:

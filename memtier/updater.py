@@ -11,6 +11,7 @@ next call, and then tried again.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ class Updater:
         self._changed = anyio.Event()
         self.indexed = indexed
         self.snapshots = 0
+        self.waited_seconds = 0.0
         self.error_was_told = False
 
     # -- the session's side
@@ -125,7 +127,9 @@ class Updater:
                 self._raise()
             if not self._trying_again and self.pending < self._inbox_blocks and self._snapshot is None:
                 return
+            began = time.perf_counter()
             await self._changed.wait()
+            self.waited_seconds += time.perf_counter() - began
 
     async def flush(self) -> None:
         """Return once every offered block is in a segment and in the index, and the offered snapshot is kept.

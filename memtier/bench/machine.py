@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memtier.errors import ConfigError
 from memtier.reports import SessionStats
+from memtier_backends.space import RESERVE_NAME
 
 __all__ = ["describe_machine", "folder_bytes", "resident_bytes", "selected_from_disk", "use_threads"]
 
@@ -39,8 +40,8 @@ def resident_bytes() -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Sum of the sizes of all files under a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Sum of the sizes of all files under a folder, but for space that is only set aside."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RESERVE_NAME)
 
 
 def selected_from_disk(stats: SessionStats) -> float | None:

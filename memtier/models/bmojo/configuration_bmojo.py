@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -18,10 +18,6 @@ __all__ = ["FADING", "LAYER_TYPES", "BMojoConfig"]
 
 FADING = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
 LAYER_TYPES = ("bmojo", *FADING, "sliding_attention")
-# left out of a saved config while at their defaults, so that models and stores from before them keep their fingerprint
-_LATER_FIELDS = (
-    "eidetic_rule", "eidetic_threshold", "innovation_predictor", "landmark_keys", "landmark_kind", "query_kind",
-)  # fmt: skip
 
 
 @strict
@@ -139,11 +135,6 @@ class BMojoConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
         check_settings(self.memory_settings(), types)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are saved and fingerprinted."""
-        out = super().to_dict()
-        return {k: v for k, v in out.items() if k not in _LATER_FIELDS or v != getattr(BMojoConfig, k)}
 
     def memory_settings(self) -> MemorySettings:
         """The memory sizes this model was made for."""

@@ -44,6 +44,8 @@ LEVELS = (
     Level(5, 4, "full", 6, 0.4),
     Level(5, 4, "full", 8, 0.2, gap=0.35),
     Level(5, 4, "full", 8, 0.2, gap=0.6),
+    # many facts at once: a name must be told from all others
+    Level(5, 4, "full", 16, 0.1, gap=0.25),
 )
 
 

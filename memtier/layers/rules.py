@@ -1,7 +1,7 @@
 """Which of the tokens that leave the window stay as eidetic memory: the rules, and the controls they are held to.
 
-A rule gives each token a score, and the M highest stay. A score is a function of the token alone (`recent` and
-`threshold` order by age), so choosing among the survivors and the newcomers is choosing among all, and any split of
+A rule gives each token a score, and the M highest stay. A score is a function of the token alone (`recent`, `oldest`
+and `threshold` order by age), so choosing among the survivors and the newcomers is choosing among all, and any split of
 the stream keeps the same tokens. Without a gradient.
 
     innovation  the tokens that the fading memory predicted worst: ``||h - xh||^2 / ||h||^2``
@@ -9,6 +9,7 @@ the stream keeps the same tokens. Without a gradient.
     threshold   the newest of those whose innovation reaches `eidetic_threshold`
     random      by a hash of layer, position and row of the batch       controls: does the choice matter?
     recent      the newest: a longer window
+    oldest      the first: attention sinks; where all that is asked for comes first, the oracle
     lowest      the tokens that were predicted best
 
 Shape letters: `memtier.blocks`.
@@ -28,7 +29,7 @@ __all__ = ["EIDETIC_RULES", "EideticRule", "RuleByName", "prediction_error"]
 EideticRule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(innovation (B, n), positions (B, n) ascending by age, -1 for none) -> scores (B, n); -inf: must not be kept."""
 
-EIDETIC_RULES = ("innovation", "cosine", "threshold", "random", "recent", "lowest")
+EIDETIC_RULES = ("innovation", "cosine", "threshold", "random", "recent", "oldest", "lowest")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class RuleByName:
         if self.name == "random":
             return _hash(positions, self.layer)
         age = torch.arange(innovation.shape[1], device=innovation.device, dtype=torch.float32).expand(innovation.shape)
-        return age if self.name == "recent" else age.masked_fill(innovation < self.threshold, float("-inf"))
+        if self.name in ("recent", "oldest"):
+            return age if self.name == "recent" else -age
+        return age.masked_fill(innovation < self.threshold, float("-inf"))
 
 
 def prediction_error(h: torch.Tensor, predicted: torch.Tensor, rule: str) -> torch.Tensor:

@@ -90,13 +90,15 @@ def cpu_grid() -> list[Cell]:
     add(1, Cell("window", 4 * n))
     add(2, Cell("span", 0, long_tokens=4096))
     # the curve over M
-    add(3, Cell("bmojo", n // 2))
+    add(3, Cell("bmojo", n // 2), seeds=2)
     add(3, Cell("bmojo", n))
     # one seed each
     add(4, Cell("gated_deltanet", 4 * n), seeds=1)
     add(4, Cell("hybrid", 4 * n), seeds=1)
     add(4, Cell("bmojo", 4 * n, rule="recent"), seeds=1)
     add(4, Cell("bmojo", 4 * n, rule="lowest"), seeds=1)
+    # the pairs come first: the oldest are the very tokens that are asked for
+    add(4, Cell("bmojo", 2 * n, rule="oldest"), seeds=1)
     add(4, Cell("bmojo", 4 * n, rule="cosine"), seeds=1)
     add(4, Cell("bmojo", 4 * n, fillers="random"), seeds=1)
     add(4, Cell("bmojo_span", 4 * n, long_tokens=4096), seeds=1)

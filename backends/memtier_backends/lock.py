@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from memtier.errors import SessionBusyError
-from memtier_backends.files import storage_errors
+from memtier_backends.files import flush_folder, storage_errors
 
 __all__ = ["SessionLock"]
 
@@ -38,6 +38,10 @@ class SessionLock:
                     # Between open and flock the owner before us may have removed the folder, and the lock with it.
                     if _is_still_at(descriptor, path):
                         _name_owner(descriptor)
+                        # Else a power cut could take the folder with all that is acknowledged in it: its name is in
+                        # the tenant's folder, whose name is in the store's. Each time, for the maker may have died.
+                        flush_folder(folder.parent)
+                        flush_folder(folder.parent.parent)
                         return cls(path, descriptor)
                 except BaseException:
                     os.close(descriptor)

@@ -64,6 +64,8 @@ class FileSegmentStore:
         self._folder = folder
         with storage_errors(f"make the folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
+            # Each time, for whoever made it may have died before this.
+            flush_folder(folder.parent)
 
     @property
     def folder(self) -> Path:

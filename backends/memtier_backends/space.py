@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from memtier.errors import StorageFullError
-from memtier_backends.files import storage_errors
+from memtier_backends.files import flush_folder, storage_errors
 
 __all__ = ["RESERVE_NAME", "Space"]
 
@@ -35,7 +35,9 @@ class Space:
         self._reserve_bytes = reserve_bytes
         self.reserve = store / RESERVE_NAME
         with storage_errors(f"make the folder {store}"):
-            store.mkdir(parents=True, exist_ok=True)
+            if not store.exists():
+                store.mkdir(parents=True, exist_ok=True)
+                flush_folder(store.parent)
 
     @property
     def free_bytes(self) -> int:

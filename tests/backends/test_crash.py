@@ -1,5 +1,6 @@
 """A process killed at any moment loses no token that it acknowledged, and leaves a session that opens and goes on."""
 
+import random
 import signal
 import subprocess
 import sys
@@ -70,6 +71,25 @@ def test_a_kill_at_any_time_loses_nothing_acknowledged(tmp_path: Path) -> None:
         # It may have gone on for a while before the signal reached it; what it printed then was read too.
         assert acknowledged >= position + kill_after_lines * BLOCK_TOKENS
         position = check_session(tmp_path, acknowledged)
+
+
+def kill_at_random(folder: Path, rounds: int, seed: int) -> None:
+    choose = random.Random(seed)
+    position = 0
+    for _ in range(rounds):
+        acknowledged = run_until_killed(folder, kill_after_lines=choose.randrange(1, 40))
+        position = check_session(folder, max(position, acknowledged))
+
+
+@pytest.mark.timeout(300)
+def test_25_kills_at_random_moments_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, 25, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_200_kills_at_random_moments_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    kill_at_random(tmp_path, 200, seed=1)
 
 
 @pytest.mark.anyio

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("killed_process.py")
-WRITES = 40
+WRITES = 49
 """More than the first half makes, so that every gap between two of them is tried."""
 
 

@@ -151,7 +151,7 @@ def test_one_place_makes_every_mixer():
 
 @pytest.mark.parametrize(
     ("overrides", "word"),
-    [({"eidetic_rule": "oldest"}, "eidetic_rule"), ({"innovation_predictor": "mlp"}, "innovation_predictor")],
+    [({"eidetic_rule": "eldest"}, "eidetic_rule"), ({"innovation_predictor": "mlp"}, "innovation_predictor")],
 )
 def test_an_unknown_choice_is_refused_by_name(overrides, word):
     with pytest.raises(ConfigError, match=word):

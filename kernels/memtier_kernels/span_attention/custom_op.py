@@ -14,12 +14,9 @@ import torch
 
 from memtier_kernels.dispatch import compute_dtype, is_interpreted
 from memtier_kernels.span_attention import reference
-from memtier_kernels.span_attention.sources import Band, Paged
+from memtier_kernels.span_attention.sources import SOURCES, Band, Paged
 
-__all__ = ["SOURCES", "span_attention", "span_attention_reference"]
-
-# in the order in which they are read
-SOURCES = ("sinks", "span", "eidetic", "fading", "window")
+__all__ = ["span_attention", "span_attention_reference"]
 
 # Heads of float32 larger than this do not fit into the registers of the kernels for gradients: a product that is exact
 # to float32 keeps each number in three parts. What does not fit goes by the reference, on the device that it is on.

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Band", "Paged", "merge"]
+__all__ = ["SOURCES", "Band", "Paged", "merge"]
+
+# in the order in which they are read
+SOURCES = ("sinks", "span", "eidetic", "fading", "window")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import torch
 import triton
 
 from memtier_kernels.launch import launch
-from memtier_kernels.span_attention.custom_op import SOURCES
-from memtier_kernels.span_attention.sources import Band, Paged
+from memtier_kernels.span_attention.sources import SOURCES, Band, Paged
 from memtier_kernels.span_attention.triton_forward import decode, merge_splits, prefill
 from memtier_kernels.span_attention.triton_keys import CELL, band_gradients, block_tile, paged_gradients
 from memtier_kernels.span_attention.triton_queries import query_gradients, row_shifts

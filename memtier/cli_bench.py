@@ -111,6 +111,46 @@ def bench_recall(
     (emit_json if as_json else show_recall_bench)(report)
 
 
+@bench.command("durability")
+def bench_durability(
+    lengths: Annotated[str, typer.Option(help="Tokens at which the session is opened.")] = "8192,32768,131072",
+    distances: Annotated[str, typer.Option(help="How far back what is forgotten lies.")] = "1000,16000,100000",
+    snapshot_every_tokens: Annotated[int, typer.Option(help="Tokens between two snapshots.")] = 32_768,
+    repeat: Annotated[int, typer.Option(help="Times are medians of so many.")] = 5,
+    file: Annotated[Path | None, typer.Option(help="Text to read (default: CPython's own manual).")] = None,
+    store: OptionalStore = None,
+    model: Model = "nano",
+    device: Device = "auto",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """What it costs that memory survives: commits a second, opening, forks, checkpoints, moving, forgetting."""
+    from memtier.bench.durability import DurabilityOptions, run_durability
+    from memtier.console import emit_json, progress, show_values
+
+    options = DurabilityOptions(
+        lengths=_counts("--lengths", lengths),
+        distances=_counts("--distances", distances),
+        snapshot_every_tokens=snapshot_every_tokens,
+        repeat=repeat,
+        file=file,
+        model=model,
+        device=device,
+        threads=threads,
+        command=shlex.join(["memtier", *sys.argv[1:]]),
+    )
+    with kept_or_temporary(store) as folder, progress() as on_progress:
+        report = run_durability(folder, options, on_progress)
+    emit_json(report) if as_json else show_values("bench durability", report)
+
+
+def _counts(option: str, given: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(count) for count in given.split(","))
+    except ValueError as error:
+        raise ConfigError(f"{option} is {given!r}; give counts such as 1000,2000.") from error
+
+
 @bench.command("kernels")
 def bench_kernels(
     only: Annotated[str, typer.Option(help="Cases whose name holds this text.")] = "",

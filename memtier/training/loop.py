@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ __all__ = ["CHECKPOINT_NAME", "LOG_NAME", "LoopSettings", "TrainReport", "train"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOG_NAME = "log.csv"
 _MOST_SKIPPED_IN_A_ROW = 10
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class LoopSettings:
         minutes, steps: the budget; exactly one. With steps, two runs of one seed are equal; minutes follow the clock.
         batch_tokens, sequence_tokens: of one step over all its sequences, and of a sequence: (until which progress,
             tokens) pairs, in order.
+        peak_learning_rate: (until which progress, rate) pairs likewise.
         dense_until: progress until which far attention is dense; 0 for never.
         warmup_steps, decay_from: the learning rate rises over warmup_steps, stays, and falls to 0 from decay_from on.
         far_tokens: an answer whose code was seen further back counts as far.
@@ -48,7 +50,7 @@ class LoopSettings:
     batch_tokens: tuple[tuple[float, int], ...] = ((1.0, 8192),)
     sequence_tokens: tuple[tuple[float, int], ...] = ((0.4, 512), (1.0, 1024))
     dense_until: float = 0.5
-    peak_learning_rate: float = 2e-3
+    peak_learning_rate: tuple[tuple[float, float], ...] = ((1.0, 2e-3),)
     warmup_steps: int = 100
     decay_from: float = 0.6
     weight_decay: float = 0.02
@@ -65,7 +67,7 @@ class LoopSettings:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; give exactly one of them.")
         if (self.minutes or self.steps or 0) <= 0:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; the one given must be positive.")
-        for name in ("batch_tokens", "sequence_tokens"):
+        for name in ("batch_tokens", "sequence_tokens", "peak_learning_rate"):
             ends = [until for until, _ in getattr(self, name)]
             if not ends or ends != sorted(ends) or ends[-1] < 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; progress must rise up to 1.0.")
@@ -81,15 +83,15 @@ class LoopSettings:
         """Linear warm-up by steps, a plateau, then a linear fall by progress."""
         warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         fall = min(1.0, (1.0 - progress) / max(1e-9, 1.0 - self.decay_from))
-        return self.peak_learning_rate * warm * fall
+        return _now(self.peak_learning_rate, progress) * warm * fall
 
     def tokens_at(self, progress: float) -> tuple[int, int]:
         """Tokens of a step and of a sequence at this progress."""
         return _now(self.batch_tokens, progress), _now(self.sequence_tokens, progress)
 
 
-def _now(pairs: tuple[tuple[float, int], ...], progress: float) -> int:
-    return next((tokens for until, tokens in pairs if progress < until), pairs[-1][1])
+def _now(pairs: tuple[tuple[float, _Number], ...], progress: float) -> _Number:
+    return next((value for until, value in pairs if progress < until), pairs[-1][1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     optimizer = make_optimizer(
-        model, learning_rate=settings.peak_learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+        model, learning_rate=settings.peak_learning_rate[0][1], weight_decay=settings.weight_decay, betas=settings.betas
     )  # fmt: skip
     state, row = _State(), None
     if resume and (out / CHECKPOINT_NAME).exists():

@@ -29,7 +29,7 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 MOST_BYTES = 12_000_000
 NANO_MINUTES = 96.0
 NANO = LoopSettings(
-    minutes=NANO_MINUTES, dense_until=1.0, decay_from=0.7, peak_learning_rate=1e-3,
+    minutes=NANO_MINUTES, dense_until=1.0, decay_from=0.66, peak_learning_rate=((0.4, 1e-3), (1.0, 2e-3)),
     # recall starts on short sequences in small steps; long ones teach far recall and the choice of blocks
     sequence_tokens=((0.08, 192), (0.2, 256), (0.4, 512), (0.6, 1024), (1.0, 2048)),
     batch_tokens=((0.2, 2048), (0.4, 4096), (1.0, 8192)),
@@ -56,7 +56,8 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "hidden_size": 192,
         "num_hidden_layers": 4,
         "layer_types": ["mamba2", "bmojo", "mamba2", "bmojo"],
-        "memory_layers": [1],
+        # where the recall circuit forms; a memory in the layer below it is never asked
+        "memory_layers": [3],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 48,

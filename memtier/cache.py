@@ -7,25 +7,36 @@ they are kept in host memory (`HostSpanSelector`), so the cache also works by it
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from transformers import Cache
 
 from memtier.blocks import MemoryBlock, MemorySettings, SpanSelection, SpanSelector
 from memtier.errors import IncompatibleMemoryError, ModelError
-from memtier.layers.bmojo import SOURCES, BMojoMixer, MixerState
+from memtier.layers.bmojo import MixerState
 from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
+from memtier.layers.memories import SOURCES
 from memtier.layers.plan import StepPlan, make_plan, next_boundary, window_start
 from memtier.layers.records import flatten, map_tensors, unflatten
 
-if TYPE_CHECKING:
-    from memtier.models.bmojo.configuration_bmojo import BMojoConfig
-
-__all__ = ["LayerState", "TieredCache"]
+__all__ = ["LayerState", "ReadableConfig", "TieredCache"]
 
 LayerState = MixerState | Mamba2State
+
+
+class ReadableConfig(Protocol):
+    """What a cache asks of a model: `BMojoConfig`, or the layout of a stock model."""
+
+    layer_types: list[str] | None
+    dtype: str | torch.dtype | None
+
+    def memory_settings(self) -> MemorySettings: ...
+
+    def empty_states(
+        self, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> list[LayerState]: ...
 
 
 class TieredCache(Cache):
@@ -39,7 +50,7 @@ class TieredCache(Cache):
 
     def __init__(
         self,
-        config: BMojoConfig,
+        config: ReadableConfig,
         *,
         settings: MemorySettings | None = None,
         selector: SpanSelector | None = None,
@@ -55,8 +66,8 @@ class TieredCache(Cache):
         self.position = 0
         self.boundary = -1
         self.marks: set[int] = set()
-        self.states = _empty_states(
-            config, self.settings, batch_size, torch.device(device or "cpu"), dtype or _model_dtype(config)
+        self.states = config.empty_states(
+            self.settings, batch_size, torch.device(device or "cpu"), dtype or _model_dtype(config)
         )
         self._collect = selector is not None and batch_size == 1
         self._sealed: dict[int, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]] = {}
@@ -351,21 +362,6 @@ class TieredCache(Cache):
         return state.conv.dtype if isinstance(state, Mamba2State) else state.attention.keys.dtype
 
 
-def _empty_states(
-    config: BMojoConfig, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
-) -> list[LayerState]:
-    """Fresh states of every layer: made on a model of no memory (the meta device), so no weights are needed."""
-    states: list[LayerState] = []
-    with torch.device("meta"):
-        mixers = [config.make_mixer(layer) for layer in range(config.num_hidden_layers)]
-    for mixer in mixers:
-        if isinstance(mixer, BMojoMixer):
-            states.append(mixer.empty_state(settings, batch, device, dtype))
-        else:
-            states.append(mixer.empty_state(batch, device, dtype))
-    return states
-
-
-def _model_dtype(config: BMojoConfig) -> torch.dtype:
+def _model_dtype(config: ReadableConfig) -> torch.dtype:
     named = config.dtype or torch.float32
     return getattr(torch, named) if isinstance(named, str) else named

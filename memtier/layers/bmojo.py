@@ -9,6 +9,7 @@ come with the plan of a step, so one set of weights can be read under several se
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -16,10 +17,19 @@ from torch import nn
 from memtier.layers.distill import distillation_loss
 from memtier.layers.landmarks import search_queries
 from memtier.layers.mamba2 import Mamba2State
-from memtier.layers.memories import LayerMemory, block_mass, eidetic_step, hide_retrieved, span_step
+from memtier.layers.memories import (
+    SOURCES,
+    LayerMemory,
+    attention_shares,
+    eidetic_step,
+    hide_retrieved,
+    sink_step,
+    span_step,
+)
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan
 from memtier.layers.positions import Sources, rotate_sources
+from memtier.layers.rotary import rotary_table
 from memtier.layers.rules import EideticRule, RuleByName, prediction_error
 from memtier.layers.state import AttentionState, empty_attention_state, extend, roll
 from memtier_kernels import Band, Paged, causal_conv1d, span_attention
@@ -28,7 +38,6 @@ __all__ = ["SOURCES", "BMojoMixer", "MixerLosses", "MixerState"]
 
 # how many outputs of the fading memory the innovation test looks at
 PREDICTOR_TOKENS = {"linear": 1, "conv": 4}
-SOURCES = ("sinks", "span", "eidetic", "fading", "window")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,10 @@ class BMojoMixer(nn.Module):
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads, config.num_key_value_heads, config.head_dim,
         )  # fmt: skip
-        self.hidden_size, self.conv_size, self.theta = config.hidden_size, config.kv_conv_size, config.rope_theta
+        self.hidden_size, self.conv_size = config.hidden_size, config.kv_conv_size
+        self.rotary = (
+            None if config.rope_theta is None else partial(rotary_table, size=self.head_dim, theta=config.rope_theta)
+        )
         channels = self.kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, channels, bias=False)
@@ -148,7 +160,7 @@ class BMojoMixer(nn.Module):
                     table = hide_retrieved(chosen, span_ids, settings.span_block_tokens)
                 eidetic = Paged(chosen.keys.unsqueeze(2), chosen.values.unsqueeze(2), table)
                 positions = chosen.positions
-        sinks, sink_changes = self._sinks(k, v, plan, carried)
+        sinks, sink_changes = sink_step(plan, carried, k, v)
         changes.update(sink_changes)
         far: Paged | Band | None = span
         if dense and self.layer in settings.memory_layers and plan.lo[-1] > 0:
@@ -161,7 +173,7 @@ class BMojoMixer(nn.Module):
         )  # fmt: skip
         sources = Sources(window, fading, sinks, eidetic, far, positions, span_ids)
         near_q, far_q, sources = rotate_sources(
-            q, sources, plan, self.theta, self._far_sizes(settings), carried is not None
+            q, sources, plan, self.rotary, self._far_sizes(settings), carried is not None
         )
         result = span_attention(
             near_q, q_far=far_q, group=plan.group, window=sources.window, fading=sources.fading, sinks=sources.sinks,
@@ -174,14 +186,7 @@ class BMojoMixer(nn.Module):
             )
         if carried is None:
             return out, None, losses
-        zero = result.lse.new_zeros(())
-        none = torch.full_like(result.lse, float("-inf"))
-        parts = torch.stack([result.parts.get(source, none) for source in SOURCES], dim=-1)
-        changes["mass"] = (parts - result.lse[..., None]).exp().mean((1, 2))
-        if isinstance(sources.span, Paged):
-            changes["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], sources.span)
-        elif "span_ids" in changes:
-            changes["span_mass"] = zero.expand(changes["span_ids"].shape).clone()
+        changes.update(attention_shares(far_q, result, sources.span, changes.get("span_ids")))
         return out, MixerState(replace(carried, **changes), f_state), losses
 
     def _far_sizes(self, settings) -> tuple[int, int, int]:
@@ -237,24 +242,3 @@ class BMojoMixer(nn.Module):
         prefix = keys.shape[1] - f.shape[1]
         start = (plan.lo_token - plan.settings.window_tokens).clamp(min=0)
         return Band(keys, values, start - plan.origin + prefix, plan.lo_token - plan.origin + prefix), changes
-
-    def _sinks(
-        self, k: torch.Tensor, v: torch.Tensor, plan: StepPlan, carried: AttentionState | None
-    ) -> tuple[Paged | None, dict[str, torch.Tensor]]:
-        """The first tokens of the session, seen by every group whose window no longer holds them."""
-        count = plan.settings.sink_tokens
-        if not count:
-            return None, {}
-        if carried is None:
-            keys, values, changes = k[:, :count], v[:, :count], {}
-        else:
-            keys, values = carried.sink_keys, carried.sink_values
-            fresh = min(count - plan.start, k.shape[1])
-            if fresh > 0:
-                keys, values = keys.clone(), values.clone()
-                keys[:, plan.start : plan.start + fresh] = k[:, :fresh]
-                values[:, plan.start : plan.start + fresh] = v[:, :fresh]
-            changes = {"sink_keys": keys, "sink_values": values}
-        place = torch.arange(keys.shape[1], device=k.device)
-        table = torch.where(place < plan.lo_row[..., None], place, -1)
-        return Paged(keys.unsqueeze(2), values.unsqueeze(2), table.expand(k.shape[0], -1, -1)), changes

@@ -16,18 +16,22 @@ from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
 from memtier.layers.rules import EideticRule
 from memtier.layers.state import AttentionState
-from memtier_kernels import Paged, keep_surprising, select_blocks
+from memtier_kernels import Band, Paged, SpanAttentionOutput, keep_surprising, select_blocks
 
 __all__ = [
+    "SOURCES",
     "EideticStep",
     "LayerMemory",
     "SpanStep",
+    "attention_shares",
     "block_mass",
     "eidetic_step",
     "hide_retrieved",
+    "sink_step",
     "span_step",
 ]
 
+SOURCES = ("sinks", "span", "eidetic", "fading", "window")
 STORAGE_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -119,6 +123,35 @@ def hide_retrieved(eidetic: EideticStep, span_ids: torch.Tensor, block: int) -> 
     blocks = eidetic.positions[rows, eidetic.table.clamp(min=0)] // block
     twice = (blocks[..., None] == span_ids[:, :, None, :]).any(-1)
     return eidetic.table.masked_fill(twice, -1)
+
+
+def sink_step(
+    plan: StepPlan, state: AttentionState | None, k: torch.Tensor, v: torch.Tensor
+) -> tuple[Paged | None, dict[str, torch.Tensor]]:
+    """The first tokens of the session, seen by every group whose window no longer holds them.
+
+    Args:
+        k, v: (B, T, G, D), of the step's own tokens.
+
+    Returns:
+        the source, and the fields of AttentionState that change.
+    """
+    count = plan.settings.sink_tokens
+    if not count:
+        return None, {}
+    if state is None:
+        keys, values, changes = k[:, :count], v[:, :count], {}
+    else:
+        keys, values = state.sink_keys, state.sink_values
+        fresh = min(count - plan.start, k.shape[1])
+        if fresh > 0:
+            keys, values = keys.clone(), values.clone()
+            keys[:, plan.start : plan.start + fresh] = k[:, :fresh]
+            values[:, plan.start : plan.start + fresh] = v[:, :fresh]
+        changes = {"sink_keys": keys, "sink_values": values}
+    place = torch.arange(keys.shape[1], device=k.device)
+    table = torch.where(place < plan.lo_row[..., None], place, -1)
+    return Paged(keys.unsqueeze(2), values.unsqueeze(2), table.expand(k.shape[0], -1, -1)), changes
 
 
 @dataclass(frozen=True)
@@ -268,16 +301,42 @@ def _after(held: SpanStep | None, chosen: SpanStep) -> SpanStep:
     )  # fmt: skip
 
 
-def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged) -> torch.Tensor:
+def attention_shares(
+    far_q: torch.Tensor,
+    result: SpanAttentionOutput,
+    span: Paged | Band | None,
+    span_ids: torch.Tensor | None,
+    scale: float | None = None,
+) -> dict[str, torch.Tensor]:
+    """Where the attention of a step went, as those fields of AttentionState that report it.
+
+    Args:
+        far_q: (B, T, H, D), as the queries met the span.
+        span_ids: (B, K), the last group's new ones; None if they did not change.
+        scale: of the scores; None for D ** -0.5.
+    """
+    none = torch.full_like(result.lse, float("-inf"))
+    parts = torch.stack([result.parts.get(source, none) for source in SOURCES], dim=-1)
+    shares = {"mass": (parts - result.lse[..., None]).exp().mean((1, 2))}
+    if isinstance(span, Paged):
+        shares["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], span, scale)
+    elif span_ids is not None:
+        shares["span_mass"] = result.lse.new_zeros(span_ids.shape)
+    return shares
+
+
+def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | None = None) -> torch.Tensor:
     """The share of one token's softmax that went to each block of the last table row, mean over heads.
 
     Args:
         q: (B, H, D), as it met the span; lse: (B, H), log-sum-exp of its whole row.
+        scale: of the scores; None for D ** -0.5.
 
     Returns:
         (B, K), 0 where there is no block.
     """
-    batch, _, size = q.shape
+    batch = q.shape[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     block, kv_heads = span.k.shape[2:4]
     table = span.table[:, -1]
     keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].to(q.dtype).flatten(1, 2)
@@ -286,7 +345,7 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged) -> torch.Tensor:
     hidden = (table < 0)[..., None].expand(-1, -1, block)
     if span.mask is not None:
         hidden = hidden | ~span.mask[:, -1]
-    scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * size**-0.5, keys).flatten(1, 2)
+    scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * scale, keys).flatten(1, 2)
     share = (scores.to(lse.dtype) - lse[..., None]).exp().masked_fill(hidden.flatten(1)[:, None], 0.0)
     return share.mean(1).unflatten(-1, (table.shape[1], block)).sum(-1)
 

@@ -15,7 +15,7 @@ import torch
 
 from memtier.blocks import MemorySettings
 from memtier.layers.plan import StepPlan
-from memtier.layers.rotary import apply_rotary, rotary_table
+from memtier.layers.rotary import RotaryTable, apply_rotary
 from memtier_kernels import Band, Paged
 
 __all__ = ["Sources", "rotate_sources"]
@@ -41,26 +41,30 @@ def rotate_sources(
     q: torch.Tensor,
     sources: Sources,
     plan: StepPlan,
-    theta: float | None,
+    rotary: RotaryTable | None,
     far_sizes: tuple[int, int, int],
     carried: bool,
+    *,
+    fading_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, Sources]:
     """Queries for the near sources, queries for the far ones, and the sources, rotated to fit.
 
     Args:
         q: (B, T, H, D).
+        rotary: cosines and sines of positions; None: nothing is rotated.
         far_sizes: tokens reserved for sinks, eidetic and span in the compact layout; the same in every step.
         carried: True if the bands begin with the rings of a carried state.
+        fading_tokens: places left for the fading band in the compact layout; None: the window's size.
     """
-    if theta is None:
+    if rotary is None:
         return q, q, sources
     settings: MemorySettings = plan.settings
-    size, device = q.shape[-1], q.device
+    device = q.device
     # position of token plan.start + t is base + t: the oldest entry of the longest ring has position 0
     base = settings.window_tokens + settings.ring_tokens if carried else 0
 
     def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return apply_rotary(x, *rotary_table(positions, size, theta, q.dtype))
+        return apply_rotary(x, *rotary(positions, q.dtype))
 
     def turn_band(band: Band) -> Band:
         first = base + q.shape[1] - band.k.shape[1]
@@ -89,10 +93,11 @@ def rotate_sources(
         if source is None:
             return None
         place = torch.arange(source.table.shape[2] * source.k.shape[2], device=device) + first
-        cos, sin = rotary_table(place, size, theta, q.dtype)
+        cos, sin = rotary(place, q.dtype)
         return replace(source, cos=cos, sin=sin)
 
-    far = turn(q, now - base + plan.origin - plan.lo_token + settings.window_tokens + sum(far_sizes))
+    between = settings.window_tokens if fading_tokens is None else fading_tokens
+    far = turn(q, now - base + plan.origin - plan.lo_token + between + sum(far_sizes))
     sinks, eidetic = by_place(sinks, 0), by_place(eidetic, far_sizes[0])
     return near, far, replace(sources, sinks=sinks, eidetic=eidetic, span=by_place(span, sum(far_sizes[:2])))
 

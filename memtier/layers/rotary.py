@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-__all__ = ["apply_rotary", "rotary_table"]
+__all__ = ["RotaryTable", "apply_rotary", "rotary_table"]
+
+RotaryTable = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
+"""(positions (...,), dtype) -> cosines and sines, two (..., D)."""
 
 
 def rotary_table(
-    positions: torch.Tensor, size: int, theta: float, dtype: torch.dtype
+    positions: torch.Tensor, dtype: torch.dtype, *, size: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions (...,): two (..., size) tensors. Angles are float64: small and few, so always
     exact."""

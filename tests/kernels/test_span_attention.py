@@ -143,7 +143,7 @@ def test_rotation_by_place_equals_rotating_the_gathered_keys():
 
     q, _, group, sources = make_sources(13, 2)
     span = sources["span"]
-    cos, sin = rotary_table(torch.arange(12), D, 100.0, torch.float64)
+    cos, sin = rotary_table(torch.arange(12), torch.float64, size=D, theta=100.0)
     turned = span_attention(q, group=group, span=Paged(span.k, span.v, span.table, span.mask, cos, sin))
     rows = span.table.shape[1]
     line = torch.arange(B)[:, None, None]

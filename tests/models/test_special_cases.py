@@ -138,7 +138,7 @@ def test_window_and_fading_alone_are_b_mojo_f(window):
     def heads(x, projection):
         return projection(x).unflatten(2, (-1, D))
 
-    cos, sin = rotary_table(torch.arange(T), D, THETA, torch.float64)
+    cos, sin = rotary_table(torch.arange(T), torch.float64, size=D, theta=THETA)
     q = apply_rotary(heads(h, mixer.q_proj), cos, sin)
     keys, fading_keys = (apply_rotary(heads(x, mixer.k_proj), cos, sin).repeat_interleave(2, 2) for x in (h, f))
     values, fading_values = (heads(x, mixer.v_proj).repeat_interleave(2, 2) for x in (h, f))

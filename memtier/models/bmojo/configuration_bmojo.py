@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from memtier.blocks import MemorySettings
 from memtier.errors import ConfigError
-from memtier.layers.bmojo import PREDICTOR_TOKENS, BMojoMixer
+from memtier.layers.bmojo import PREDICTOR_TOKENS, BMojoMixer, MixerState
 from memtier.layers.gated_deltanet import GatedDeltaNet
-from memtier.layers.mamba2 import Mamba2
+from memtier.layers.mamba2 import Mamba2, Mamba2State
 from memtier.layers.rules import EIDETIC_RULES
 
 __all__ = ["FADING", "LAYER_TYPES", "BMojoConfig"]
@@ -156,6 +157,20 @@ class BMojoConfig(PreTrainedConfig):
         return (
             self.make_fading_memory(kind) if kind in FADING else BMojoMixer(self, layer, fading=self.has_fading(layer))
         )
+
+    def empty_states(
+        self, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> list[MixerState | Mamba2State]:
+        """Fresh states of every layer: made on a model of no memory (the meta device), so no weights are needed."""
+        states: list[MixerState | Mamba2State] = []
+        with torch.device("meta"):
+            mixers = [self.make_mixer(layer) for layer in range(self.num_hidden_layers)]
+        for mixer in mixers:
+            if isinstance(mixer, BMojoMixer):
+                states.append(mixer.empty_state(settings, batch, device, dtype))
+            else:
+                states.append(mixer.empty_state(batch, device, dtype))
+        return states
 
     def make_fading_memory(self, kind: str | None = None) -> Mamba2 | GatedDeltaNet:
         """A new recurrent mixer of this model's sizes: the attention layers' fading memory, or one of that kind."""

@@ -26,7 +26,7 @@ from memtier_backends.layout import SessionPaths, drop_partial
 from memtier_backends.lock import SessionLock
 from memtier_backends.segments import FileSegmentStore
 
-__all__ = ["Backends", "SessionFolder"]
+__all__ = ["Backends", "SessionFolder", "check_owner", "check_writer", "is_ours", "written_by"]
 
 log = logging.getLogger("memtier")
 
@@ -94,7 +94,7 @@ class SessionFolder:
             paths = SessionPaths(folder)
             journal = backends.journal(paths.journal)
             try:
-                _check_owner(journal, identity, weights, settings)
+                check_owner(journal, identity, weights, settings)
                 opened = cls(paths, lock, journal, backends)
                 opened.clean()
             except BaseException:
@@ -138,7 +138,13 @@ def is_ours(name: str) -> bool:
     return _OURS.fullmatch(name) is not None
 
 
-def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings) -> None:
+def check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings) -> None:
+    """Refuse the memory of another session or another model; write down whose a new one is.
+
+    Raises:
+        IncompatibleMemoryError: names the field that differs.
+        CorruptMemoryError: it does not say.
+    """
     where = f"session {identity['id']!r}"
     meta: dict[str, Any] | None = journal.get_meta(META)
     if meta is None:
@@ -147,9 +153,8 @@ def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTie
                 f"the journal of session {identity['id']!r} holds {journal.position} tokens, and does not say which "
                 f"model wrote them. Restore the folder from a backup, or delete the session."
             )
-        named = {**weights.fingerprint, "name": weights.name}
-        about = {"format": FORMAT, "created_at": time.time(), "lineage": uuid4().hex, "model": named}
-        journal.set_meta(META, {**identity, **about, "memory": _sizes(settings)})
+        about = {"format": FORMAT, "created_at": time.time(), "lineage": uuid4().hex}
+        journal.set_meta(META, {**identity, **about, **written_by(weights, settings)})
         return
     for name, expected in identity.items():
         if meta[name] != expected:
@@ -158,6 +163,11 @@ def _check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTie
                 f"A session's folder cannot be renamed or moved: use session.export and runtime.import_session."
             )
     check_writer(meta, weights, settings, where)
+
+
+def written_by(weights: WeightsTier, settings: MemorySettings) -> dict[str, Any]:
+    """What memory says of the model and the sizes that it was written with."""
+    return {"model": {**weights.fingerprint, "name": weights.name}, "memory": _sizes(settings)}
 
 
 def check_writer(meta: dict[str, Any], weights: WeightsTier, settings: MemorySettings, where: str) -> None:

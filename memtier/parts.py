@@ -128,6 +128,7 @@ class Shared:
         timeline = Timeline(
             session_id, history, Reader(self.weights, settings, storage, self.pool), updater, self.model, self.batcher,
             io, opened.snapshots, config.snapshot_every_tokens,
+            None if self.weights.codec.tokenizer is None else self.weights.codec.decode,
         )  # fmt: skip
         views = Views(
             session_id, self.weights, timeline, storage, updater, model=self.model, io=io, journal=self.journal

@@ -30,6 +30,7 @@ from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
 from memtier.recovery.doctor import examine
 from memtier.recovery.portable import exported_id, import_session
+from memtier.recovery.reread import reread as give_to
 from memtier.reports import RuntimeStats, SessionHealth, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
@@ -152,21 +153,18 @@ class Runtime:
             session_id: any text of at least one character.
             adapter: folder of an adapter of the model (`memtier train hylora`, or peft's LoRA), which this session
                 reads with; None for the model alone. It is loaded once for all its sessions, and let go with the last.
-            reread: read the journal's text again through another model. Not in this version.
+            reread: if another model or other sizes wrote it, give it to this model: its text is read again, which
+                takes as long as reading it did. Checkpoints stay with the model that wrote them.
 
         Raises:
             ConfigError: an id that cannot be one; no adapter, or one of another model.
             SessionBusyError: another runtime holds it.
             SessionError: too many are open.
             IncompatibleMemoryError: another model, another adapter, other sizes or a newer format wrote it; names the
-                field.
+                field. With `reread`: a turn whose text is not known, and another tokenizer.
             CorruptMemoryError: its files are damaged.
         """
         self._check_open()
-        if reread:
-            raise SessionError(
-                "reread comes in a later version of memtier. Open the store with the model that wrote it."
-            )
         folder = session_folder(self._store, self._tenant, session_id)
         check_text(session_id, "the session id")
         async with self._opening.setdefault(session_id, anyio.Lock()):
@@ -174,6 +172,11 @@ class Runtime:
             if session is None:
                 self._check_room()
                 async with self._under(adapter) as shared:
+                    if reread:
+                        identity = {"id": session_id, "tenant": self._tenant}
+                        await self._journal_thread.run(
+                            give_to, folder, self._backends, identity, shared.weights, self._settings
+                        )
                     session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
             elif adapter is not None:
                 await self._model_thread.run(session.timeline.reader.weights.check_adapter, adapter, session_id)

@@ -44,11 +44,13 @@ class Timeline:
         io: reads snapshots.
         snapshots: where they lie.
         snapshot_every_tokens: tokens between two of them.
+        decode: makes the text of an answer; None for a model without a tokenizer.
     """
 
     def __init__(
         self, name: str, history: History, reader: Reader, updater: Updater, model: WorkerThread,
         batcher: DecodeBatcher, io: WorkerThread, snapshots: SegmentStore, snapshot_every_tokens: int,
+        decode: Callable[[NDArray[np.int32]], str] | None = None,
     ) -> None:  # fmt: skip
         self._name = name
         self.history = history
@@ -59,11 +61,13 @@ class Timeline:
         self._io = io
         self._snapshots = snapshots
         self._snapshot_every = snapshot_every_tokens
+        self._decode = decode
         self._snapshot_at = 0
         self.restored_from = 0  # the snapshot that the reader was last begun from
         self._sampled: list[int] = []  # not in the journal yet
         self._unread: int | None = None  # the last sampled token, which the model has not read
         self._answer_turn: int | None = None
+        self._answer_from = 0
         self._answer_manner: Manner | None = None
 
     @property
@@ -209,8 +213,11 @@ class Timeline:
         return await shielded(step_and_commit())
 
     async def acknowledge(self) -> None:
-        """Commit what was sampled: the answer ends here."""
+        """Commit what was sampled: the answer ends here, and its text is known."""
         await self._commit_sampled()
+        if self._answer_turn is not None and self._answer_from < self.history.position and self._decode is not None:
+            answer = await self.history.tokens(self._answer_from, self.history.position)
+            await self.history.commit(self._answer_turn, [], text=self._decode(answer))
         self._unread = self._answer_turn = None
 
     async def _commit_sampled(self) -> None:
@@ -218,6 +225,7 @@ class Timeline:
             if self._answer_turn is None:
                 assert self._answer_manner is not None, "an answer was begun"
                 self._answer_turn = await self.begin_turn("assistant", self._answer_manner)
+                self._answer_from = self.history.position
             await self.history.commit(self._answer_turn, np.array(self._sampled, np.int32))
             self._sampled = []
 

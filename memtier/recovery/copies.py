@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memtier.errors import CorruptMemoryError, SessionError
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionError
 from memtier.folder import META, SessionFolder
 from memtier.reports import CheckpointInfo
 from memtier_backends.files import flush_folder, link_or_copy, storage_errors
@@ -78,12 +78,14 @@ def restore_checkpoint(session: SessionFolder, name: str) -> None:
 
     Raises:
         SessionError: there is no such checkpoint.
+        IncompatibleMemoryError: the session was given to another model since; names the field.
         CorruptMemoryError: it is damaged; the session is as it was.
     """
     kept = require_checkpoint(session.paths, name)
     opened = SqliteJournal.open(kept.journal, read_only=True)
     try:
         opened.verify()
+        _check_writer(session.journal.get_meta(META), opened.get_meta(META), name)
         segments = [record.name for record in opened.segments()]
         snapshots = [record.name for record in opened.snapshots()]
     finally:
@@ -94,6 +96,16 @@ def restore_checkpoint(session: SessionFolder, name: str) -> None:
     session.journal.replace_with(kept.journal)
     session.journal.set_meta(CHECKPOINT, None)
     session.clean()
+
+
+def _check_writer(now: dict[str, Any], then: dict[str, Any], name: str) -> None:
+    for part in ("model", "memory"):
+        for field in sorted((now[part].keys() | then[part].keys()) - {"name", "dtype"}):
+            if now[part].get(field) != then[part].get(field):
+                raise IncompatibleMemoryError(
+                    f"checkpoint {name!r} was written by another model or memory config: its {field} differs from the "
+                    f"session's, which was given to another model since. Restore it under the model that wrote it."
+                )
 
 
 def drop_checkpoint(session: SessionFolder, name: str) -> None:

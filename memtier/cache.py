@@ -29,8 +29,11 @@ LayerState = MixerState | Mamba2State
 class ReadableConfig(Protocol):
     """What a cache asks of a model: `BMojoConfig`, or the layout of a stock model."""
 
-    layer_types: list[str] | None
-    dtype: str | torch.dtype | None
+    @property
+    def layer_types(self) -> list[str] | None: ...
+
+    @property
+    def dtype(self) -> str | torch.dtype | None: ...
 
     def memory_settings(self) -> MemorySettings: ...
 

@@ -53,7 +53,7 @@ class DecodeCache:
         for row, cache in enumerate(self.caches):
             cache.read_in_row(self._after, row)
 
-    def seal(self, *_: object) -> NoReturn:
+    def seal(self, *_: object, **__: object) -> NoReturn:
         """Never called: a row that seals is read alone."""
         raise AssertionError("a row that seals or chooses was read in a batch")
 

@@ -336,7 +336,7 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | N
         (B, K), 0 where there is no block.
     """
     batch = q.shape[0]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     block, kv_heads = span.k.shape[2:4]
     table = span.table[:, -1]
     keys = span.k[torch.arange(batch, device=q.device)[:, None], table.clamp(min=0)].to(q.dtype).flatten(1, 2)
@@ -345,7 +345,7 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | N
     hidden = (table < 0)[..., None].expand(-1, -1, block)
     if span.mask is not None:
         hidden = hidden | ~span.mask[:, -1]
-    scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * scale, keys).flatten(1, 2)
+    scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * factor, keys).flatten(1, 2)
     share = (scores.to(lse.dtype) - lse[..., None]).exp().masked_fill(hidden.flatten(1)[:, None], 0.0)
     return share.mean(1).unflatten(-1, (table.shape[1], block)).sum(-1)
 

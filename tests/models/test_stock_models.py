@@ -172,7 +172,8 @@ def test_any_split_gives_the_same_logits():
     x = tokens(120, rows=2)
     whole, _ = read(reader, x, [120])
     for pieces in ([1] * 120, [50, 3, 67], [31, 32, 57]):
-        assert (read(reader, x, pieces)[0] - whole).abs().max() < 1e-9
+        # not 1e-9: the norms of a Llama compute in float32 whatever the model's dtype
+        assert (read(reader, x, pieces)[0] - whole).abs().max() < 1e-6
 
 
 @torch.no_grad()
@@ -259,7 +260,8 @@ def test_what_cannot_be_read_rightly_is_refused_with_its_reason(make, reason):
     [
         ({"window_tokens": 60}, "distances up to 64"),
         ({"eidetic_tokens": 4}, "no fading memory"),
-        ({"far_positions": "true"}, "not trained on"),
+        ({"far_positions": "true"}, "must see no others"),
+        ({"far_positions": "none"}, "must see no others"),
     ],
 )
 def test_sizes_that_the_model_was_not_trained_for_are_refused(overrides, reason):

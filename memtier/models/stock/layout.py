@@ -109,10 +109,10 @@ class StockLayout:
                 f"eidetic_tokens is {settings.eidetic_tokens}; {self.model_type} has no fading memory to find "
                 f"surprising tokens with. Set eidetic_tokens=0."
             )
-        if settings.far_positions == "true":
+        if settings.far_positions != "compact":
             raise ConfigError(
-                f'far_positions is "true"; {self.model_type} must not see distances it was not trained on. '
-                f'Use "compact" or "none".'
+                f'far_positions is "{settings.far_positions}"; {self.model_type} was trained on rotated keys at '
+                f'distances of its context, and must see no others. Use "compact".'
             )
         spread, trained = reach(settings), self.rotary.trained_tokens
         if trained is not None and spread > trained:

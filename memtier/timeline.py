@@ -236,6 +236,8 @@ class Timeline:
                 self._sampled.pop()
             else:
                 await self.history.rollback(self.history.position - 1, f"the model refused a step: {error}")
+                # a text that was cut is not known
+                self._answer_from = self.history.position
         await self.acknowledge()
 
     # -- turns and snapshots

@@ -67,16 +67,21 @@ async def look(store: Path, result: Path) -> None:
     result.write_text(json.dumps(found))
 
 
-def main(folder: Path, operation: str, step: int) -> None:
+def main(folder: Path, operations: list[str], step: int) -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 256, (200,), generator=generator).tolist()
-    base, result = folder / "base", folder / "result.json"
+    base = folder / "base"
     assert in_child(prepare, base, ids) == 0
+    print(json.dumps({"ids": ids, **{operation: killed(folder, base, operation, step) for operation in operations}}))
+
+
+def killed(folder: Path, base: Path, operation: str, step: int) -> list[dict]:
+    result = folder / "result.json"
     found = []
     kill_at, last = 0, 0
     while kill_at <= last:
-        store = folder / f"store-{kill_at}"
+        store = folder / f"{operation}-{kill_at}"
         shutil.copytree(base, store)
         # the first run is not killed, and says which writes there are
         killed = in_child(operate, store, operation, Faults(kill_at=kill_at or None), result)
@@ -87,8 +92,8 @@ def main(folder: Path, operation: str, step: int) -> None:
         assert in_child(look, store, result) == 0, f"the store killed at write {kill_at} does not open"
         found.append({"kill_at": kill_at, "killed": killed, **json.loads(result.read_text())})
         kill_at += step
-    print(json.dumps({"ids": ids, "found": found}))
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2]))

@@ -25,7 +25,7 @@ async def state_of(session) -> list[dict[str, torch.Tensor]]:
     return [await session.state(layer) for layer in range(3)]
 
 
-@pytest.mark.parametrize("stride", [32, 64, 10_000])
+@pytest.mark.parametrize("stride", [64, 10_000])
 @pytest.mark.parametrize(("start", "end"), [(100, 130), (0, 40), (260, 300), (64, 128), (150, 151)], ids=str)
 async def test_the_session_is_one_that_never_saw_the_span(open_store, ids, stride, start, end) -> None:
     rest = ids[:start] + ids[end:]

@@ -13,49 +13,45 @@ import pytest
 SCRIPT = Path(__file__).with_name("killed_keeping.py")
 
 
-def killed(folder: Path, operation: str, step: int) -> tuple[list[int], list[dict]]:
-    """The 200 tokens of the session, and what was found after a kill before each `step`-th write; first, after none."""
+@pytest.fixture(scope="module", params=[pytest.param(6, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The 200 tokens of the session, and for each operation what was found after a kill before each n-th of its writes;
+    first, after none."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path_factory.mktemp("stores")), str(request.param)]
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), operation, str(step)], capture_output=True, text=True, check=False
+        [*command, "forget", "restore", "checkpoint", "fork"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    told = json.loads(run.stdout.splitlines()[-1])
-    whole, *kills = told["found"]
-    assert whole["killed"] == 0 and kills
-    assert all(one["killed"] == -signal.SIGKILL for one in kills)
-    assert all(one["healthy"] for one in told["found"])
-    return told["ids"], told["found"]
+    found = json.loads(run.stdout.splitlines()[-1])
+    for operation in ("forget", "restore", "checkpoint", "fork"):
+        whole, *kills = found[operation]
+        assert whole["killed"] == 0 and kills
+        assert all(one["killed"] == -signal.SIGKILL for one in kills)
+        assert all(one["healthy"] for one in found[operation])
+    return found
 
 
-SOME_AND_ALL = [pytest.param(5, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", SOME_AND_ALL)
-def test_a_forget_happens_everywhere_or_nowhere(tmp_path: Path, step: int) -> None:
-    ids, found = killed(tmp_path, "forget", step)
+@pytest.mark.timeout(1200)
+def test_a_forget_happens_everywhere_or_nowhere(told: dict) -> None:
+    ids = told["ids"]
     before = {"a": ids, "b": ids[:120], "kept": ids[:120]}
     after = {name: tokens[:50] + tokens[90:] for name, tokens in before.items()}
-    for one in found:
+    for one in told["forget"]:
         assert {name: one[name] for name in before} in (before, after), one["kill_at"]
     # only before the intent is written may it not have happened
-    assert [one["a"] == ids for one in found].count(True) <= 1
+    assert [one["a"] == ids for one in told["forget"]].count(True) <= 1
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", SOME_AND_ALL)
-def test_a_restore_happens_or_not(tmp_path: Path, step: int) -> None:
-    ids, found = killed(tmp_path, "restore", step)
-    for one in found:
+def test_a_restore_happens_or_not(told: dict) -> None:
+    ids = told["ids"]
+    for one in told["restore"]:
         assert one["a"] in (ids, ids[:120])
         assert (one["b"], one["kept"]) == (ids[:120], ids[:120])
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", SOME_AND_ALL)
 @pytest.mark.parametrize(("operation", "where", "new"), [("checkpoint", "names", "new"), ("fork", "sessions", "c")])
-def test_a_copy_is_there_whole_or_not_at_all(tmp_path: Path, operation: str, where: str, new: str, step: int) -> None:
-    ids, found = killed(tmp_path, operation, step)
-    assert new in found[0][where]
-    for one in found:
+def test_a_copy_is_there_whole_or_not_at_all(told: dict, operation: str, where: str, new: str) -> None:
+    ids = told["ids"]
+    assert new in told[operation][0][where]
+    for one in told[operation]:
         assert (one["a"], one["b"], one["kept"]) == (ids, ids[:120], ids[:120])

@@ -18,7 +18,7 @@ SECONDS = 20 * 60
 TOKENS = 40_000
 
 
-def soak(store: Path, tokenizer, seconds: float, tokens: int) -> int:
+def soak(store: Path, tokenizer, seconds: float, tokens: int, rounds_a_life: int = 20) -> int:
     """Rounds done."""
     choose = random.Random(0)
     model = tiny_model(window_tokens=32, span_block_tokens=16, span_refresh_tokens=8)
@@ -28,7 +28,7 @@ def soak(store: Path, tokenizer, seconds: float, tokens: int) -> int:
     while time.monotonic() - began < seconds:
         with memtier.open_sync(store, model=model, tokenizer=tokenizer, config=config) as runtime:
             session = runtime.session("a")
-            for _ in range(20):
+            for _ in range(rounds_a_life):
                 rounds += 1
                 words = " ".join(choose.choice(["river", "hills", "barley", "code", "rain"]) for _ in range(60))
                 session.observe(f"{rounds} {words}. ")
@@ -67,4 +67,4 @@ def test_files_versions_and_memory_stay_bounded(tmp_path: Path, tokenizer) -> No
 
 
 def test_the_soak_itself_runs(tmp_path: Path, tokenizer) -> None:
-    assert soak(tmp_path / "store", tokenizer, 0.1, 1500) == 20
+    assert soak(tmp_path / "store", tokenizer, 0.1, 500, 7) == 7

@@ -13,7 +13,7 @@ import typer
 Store = Annotated[Path, typer.Option(help="Folder that holds the sessions.")]
 OptionalStore = Annotated[Path | None, typer.Option(help="Keep the store in this folder (default: a temporary one).")]
 Tenant = Annotated[str, typer.Option(help="Whose sessions: tenants never see each other's.")]
-Model = Annotated[str, typer.Option(help="'nano', a Hugging Face id, or a folder with a B'MOJO model.")]
+Model = Annotated[str, typer.Option(help="'nano', or a Hugging Face id or folder of a causal language model.")]
 Adapter = Annotated[Path | None, typer.Option(help="Folder of the adapter that the session reads with.")]
 Device = Annotated[str, typer.Option(help="'auto', 'cpu' or 'cuda'.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]

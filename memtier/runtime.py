@@ -99,6 +99,7 @@ class Runtime:
             self._weights: WeightsTier = await self._model_thread.run(self._load)
             model = self._weights.config
             self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
+            self._weights.check_settings(self._settings)
             self._pool = await self._model_thread.run(self._make_pool)
             self._batcher = DecodeBatcher(self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()

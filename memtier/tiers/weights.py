@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
 from memtier.models.adapters import Adapter, AdapterSet, read_adapter
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
+from memtier.models.stock import StockLayout, StockReader
 from memtier.reports import WeightsReport
 from memtier.text import TextCodec
 
@@ -49,16 +51,21 @@ class WeightsTier:
         codec: its text codec.
         name: what reports call it.
         own: nobody else holds the model, so that adapters may change it; else they get a copy of it.
+
+    Raises:
+        ConfigError: the model is neither a B'MOJO model nor one that can be given a memory.
     """
 
-    def __init__(self, model: BMojoForCausalLM, codec: TextCodec, name: str, *, own: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, codec: TextCodec, name: str, *, own: bool = False) -> None:
         self.model = self._given = model
         self._own = own
         self.adapter: Adapter | None = None
         self._adapters: AdapterSet | None = None
         self._views: dict[str, WeightsTier] = {}
         self._uses = 0
-        self.config: BMojoConfig = model.config
+        self._reader = None if isinstance(model, BMojoForCausalLM) else StockReader(model)
+        config: Any = model.config if self._reader is None else self._reader.layout
+        self.config: BMojoConfig | StockLayout = config
         self.codec = codec
         self.name = name
         self._was_training = model.training
@@ -67,7 +74,7 @@ class WeightsTier:
         self.device, self.dtype = first.device, first.dtype
         self.fingerprint = _fingerprint(model, codec.tokenizer)
         self._size = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
-        end = model.config.eos_token_id
+        end = self.config.eos_token_id
         self.end_tokens = frozenset([end] if isinstance(end, int) else end or ())
 
     @classmethod
@@ -84,7 +91,7 @@ class WeightsTier:
             dtype: "auto" (the weights') or "float32", "float64", "bfloat16", "float16".
 
         Raises:
-            ConfigError: an unknown dtype or device, a model that cannot be found, or one that is not B'MOJO.
+            ConfigError: an unknown dtype or device, a model that cannot be found, or one that cannot be given a memory.
         """
         if dtype != "auto" and dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it must be 'auto' or one of {', '.join(DTYPES)}.")
@@ -92,8 +99,11 @@ class WeightsTier:
             name, loaded, own = str(model), *_load(model)
         else:
             name, loaded, own = type(model).__name__, model, None
-        if not isinstance(loaded, BMojoForCausalLM):
-            raise ConfigError(_not_bmojo(name, type(loaded).__name__))
+        if not isinstance(loaded, PreTrainedModel):
+            raise ConfigError(
+                f"model is a {name}; give 'nano', a folder, a Hugging Face id, or a loaded causal language model "
+                f"(a PreTrainedModel of transformers)."
+            )
         wanted_dtype = loaded.dtype if dtype == "auto" else DTYPES[dtype]
         given = loaded is model
         wanted_device = _device(device, loaded, given=given)
@@ -105,9 +115,8 @@ class WeightsTier:
                 raise ConfigError(f"device {device!r} cannot take the model: {error}. Try device='cpu'.") from error
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _tokenizer(str(tokenizer))
-        codec = TextCodec(
-            tokenizer if tokenizer is not None else own, loaded.config.vocab_size, loaded.config.bos_token_id
-        )
+        text = loaded.config.get_text_config()
+        codec = TextCodec(tokenizer if tokenizer is not None else own, text.vocab_size, text.bos_token_id)
         return cls(loaded, codec, name, own=not given)
 
     @torch.inference_mode(False)
@@ -122,6 +131,8 @@ class WeightsTier:
         Raises:
             ConfigError: no adapter, or one of another model; or peft is missing.
         """
+        if not isinstance(self.model, BMojoForCausalLM):
+            raise ConfigError(f"{self.name!r} is not a B'MOJO model; adapters by session are for B'MOJO models.")
         adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
         view = self._views.get(adapter.digest)
         if view is None:
@@ -182,6 +193,15 @@ class WeightsTier:
         """
         return self._logits(torch.tensor(tokens)[:, None], cache, 1)[:, 0]
 
+    def check_settings(self, settings: MemorySettings) -> None:
+        """Refuse sizes that a stock model was not trained for; a B'MOJO model has checked its own.
+
+        Raises:
+            ConfigError
+        """
+        if isinstance(self.config, StockLayout):
+            self.config.check(settings)
+
     def check(self, stored: Mapping[str, Any], where: str) -> None:
         """Refuse a store that another model wrote.
 
@@ -232,7 +252,8 @@ class WeightsTier:
     def _logits(self, ids: torch.Tensor, cache: TieredCache | DecodeCache, keep: int) -> torch.Tensor:
         if self._adapters is not None:
             self._adapters.use(None if self.adapter is None else self.adapter.digest)
-        logits = self.model(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=keep).logits
+        read = self.model if self._reader is None else self._reader
+        logits = read(input_ids=ids.to(self.device), past_key_values=cache, logits_to_keep=keep).logits
         return logits.to("cpu", torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def report(self) -> WeightsReport:
@@ -256,14 +277,14 @@ def _load(model: str | Path) -> tuple[PreTrainedModel, Any]:
     name = str(files("memtier.models") / "nano") if str(model) == "nano" else str(model)
     try:
         config = AutoConfig.from_pretrained(name)
-        if not isinstance(config, BMojoConfig):
-            raise ConfigError(_not_bmojo(str(model), config.model_type))
+        family = BMojoForCausalLM if isinstance(config, BMojoConfig) else AutoModelForCausalLM
         with _no_progress_bar():
-            return BMojoForCausalLM.from_pretrained(name, config=config, dtype="auto"), _tokenizer(name)
-    except OSError as error:
+            return family.from_pretrained(name, config=config, dtype="auto"), _tokenizer(name)
+    except (OSError, ValueError) as error:
+        # a ValueError is transformers' word for a model type that it does not know, or that is no language model
         raise ConfigError(
             f"model {str(model)!r} cannot be loaded: {error}. Give 'nano', a folder that holds config.json and "
-            f"model.safetensors, or the id of a model on the Hugging Face Hub."
+            f"model.safetensors, or the id of a causal language model on the Hugging Face Hub."
         ) from error
 
 
@@ -284,13 +305,6 @@ def _tokenizer(name: str) -> Any:
     except (OSError, ValueError) as error:
         log.warning("%s has no tokenizer (%s): sessions take and yield token ids", name, error)
         return None
-
-
-def _not_bmojo(name: str, kind: str) -> str:
-    return (
-        f"model {name!r} is {kind}, and this version runs B'MOJO models only (memtier.models.bmojo). "
-        f"Use 'nano', or a model trained as BMojoForCausalLM."
-    )
 
 
 def _device(device: str, loaded: PreTrainedModel, given: bool) -> torch.device:

@@ -231,6 +231,16 @@ def test_the_model_is_as_it_was_between_two_steps():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi-partial", "smollm3-some-unrotated", "yarn", "linear"])
+def test_a_model_in_16_bits_is_read_too(name, dtype):
+    family, overrides = MODELS[name]
+    reader = StockReader(make_model(family, dtype=dtype, **overrides))
+    logits, cache = read(reader, tokens(60), [50, 1, 9], storage_dtype="bfloat16")
+    assert logits.dtype == dtype
+    assert cache.layer_state(0)["attention.keys"].dtype == dtype
+
+
 def tiny(name, **overrides):
     return AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**{**SIZES, **overrides})).eval()
 
@@ -244,10 +254,13 @@ def tiny(name, **overrides):
         (lambda: tiny("Cohere"), "pairs the channels"),
         (lambda: tiny("Gemma3Text", head_dim=8), "rotary positions of kind"),
         (lambda: make_model("HunYuanDenseV1", head_dim=8), "gives other logits"),
+        (lambda: make_model("HunYuanDenseV1", head_dim=8, dtype=torch.bfloat16), "gives other logits"),
+        (lambda: make_model("HunYuanDenseV1", head_dim=8, dtype=torch.float16), "gives other logits"),
         (lambda: tiny("Qwen2", layer_types=["chunked_attention", "full_attention"]), "chunked_attention"),
         (lambda: tiny("Mamba", state_size=4), "attention interface"),
     ],
-    ids=["learned", "alibi", "softcap", "interleaved", "a rotary for each layer type", "a norm after it", "chunked",
+    ids=["learned", "alibi", "softcap", "interleaved", "a rotary for each layer type", "a norm after it",
+         "a norm after it, bfloat16", "a norm after it, float16", "chunked",
          "recurrent"],
 )  # fmt: skip
 def test_what_cannot_be_read_rightly_is_refused_with_its_reason(make, reason):

@@ -12,7 +12,8 @@ positions, an extra bias or a norm after the rotation is refused, not read wrong
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -65,7 +66,7 @@ class StockReader:
         self.rotary = find_rotary(model, config, size)
         kv_heads = config.num_attention_heads // getattr(modules[0], "num_key_value_groups", 1)
         self.layout = StockLayout.of(config, self.rotary, kv_heads, size, model.dtype)
-        self._probe()
+        self._probe(modules)
 
     @torch.no_grad()
     def __call__(
@@ -108,7 +109,7 @@ class StockReader:
         return output
 
     @contextmanager
-    def _our_attention(self):
+    def _our_attention(self) -> Iterator[None]:
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(IMPLEMENTATION)
         try:
@@ -117,33 +118,83 @@ class StockReader:
             self.model.set_attn_implementation(before or "eager")
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Compare with the model's own attention on a few tokens."""
+    def _probe(self, modules: list[nn.Module]) -> None:
+        """Compare with the model's own attention on a few tokens: the logits, and in 16 bits each layer by itself."""
         was_training = self.model.training
         self.model.eval()
         settings = self.layout.memory_settings()
         tokens = min(PROBE_TOKENS, settings.window_tokens)
         ids = (torch.arange(tokens, device=self.model.device) * 7 + 3)[None] % self.layout.vocab_size
+        window = replace(settings, memory_layers=())
+
+        def cache(dtype: torch.dtype) -> TieredCache:
+            return TieredCache(self.layout, settings=window, device=self.model.device, dtype=dtype)
+
         try:
-            wanted = self.model(input_ids=ids, use_cache=False).logits
-            cache = TieredCache(
-                self.layout, settings=replace(settings, memory_layers=()), device=self.model.device,
-                dtype=self.layout.dtype,
-            )  # fmt: skip
-            got = self(ids, cache).logits
+            with _calls(modules) as own:
+                wanted = self.model(input_ids=ids, use_cache=False).logits
+            with _calls(modules) as ours:
+                got = self(ids, cache(self.layout.dtype)).logits
+            full = self.layout.dtype in (torch.float32, torch.float64)
+            # rounding, which grows with depth
+            self._expect(got, wanted, 2e-3 if full else 0.1)
+            if full:
+                return
+            # 16 bits round so much that a mistake could hide: each attention alone, on the same input, in float32; what
+            # is left is that the model's own cosines come in its dtype
+            allowed = 1e-2 if self.layout.dtype == torch.bfloat16 else 2e-3
+            plan = cache(torch.float32).plan(tokens, (), ids.device)
+            for layer, module in enumerate(modules):
+                alone: Any = copy.deepcopy(module).float()
+                wanted = alone(*own[layer][0], **own[layer][1])[0]
+                alone.config._attn_implementation = IMPLEMENTATION
+                args, named = ours[layer]
+                named = {**named, "memtier_step": _Step(plan, cache(torch.float32), self.rotary)}
+                if "hidden_states" in named:
+                    named["hidden_states"] = own[layer][1]["hidden_states"]
+                else:
+                    args = own[layer][0][:1] + args[1:]
+                self._expect(alone(*args, **named)[0], wanted, allowed)
         except ModelError as error:
             raise ConfigError(f"{self.layout.model_type} cannot be given a memory: {error}") from error
         finally:
             self.model.train(was_training)
-        # the two differ by rounding, which grows with depth
-        allowed = {torch.float32: 2e-3, torch.float64: 2e-3}.get(self.layout.dtype, 0.1)
+
+    def _expect(self, got: torch.Tensor, wanted: torch.Tensor, allowed: float) -> None:
         off = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
         if not off <= allowed:
             raise ConfigError(
                 f"{self.layout.model_type} gives other logits when its keys are rotated at attention (off by "
-                f"{off:.1e} of the largest in {tokens} tokens, at most {allowed:.0e} expected): it does more to "
+                f"{off:.1e} of the largest in {got.shape[1]} tokens, at most {allowed:.0e} expected): it does more to "
                 f"queries or keys than this way of reading can repeat. This model cannot be given a memory."
             )
+
+
+@contextmanager
+def _calls(modules: list[nn.Module]) -> Iterator[dict[int, tuple[tuple, dict[str, Any]]]]:
+    """The arguments that each module is called with, by its place in the list, tensors in float32."""
+    calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+
+    def note(place: int) -> Any:
+        def hook(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+            calls[place] = _widened(args), _widened(named)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(note(i), with_kwargs=True) for i, m in enumerate(modules)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _widened(v) for name, v in value.items()}
+    return tuple(_widened(v) for v in value) if isinstance(value, tuple) else value
 
 
 class _Step:

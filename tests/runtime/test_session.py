@@ -93,8 +93,6 @@ async def test_a_damaged_snapshot_costs_time_and_nothing_else(open_store, ids, t
     torch.testing.assert_close(rest, whole[200:], **EXACT)
 
 
-
-
 async def test_turns_read_in_other_ways_are_replayed_as_they_were(open_store, ids, tmp_path) -> None:
     async def rest(name: str, *, replayed: bool) -> torch.Tensor:
         for at, choice in ((0, {"retrieval": "on"}), (100, {"retrieval": "recent", "span_blocks": 4})):

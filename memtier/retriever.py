@@ -1,6 +1,6 @@
 """What a memory layer retrieves: the SpanSelector over the storage tier, in four modes.
 
-    on       the k blocks whose landmarks answer the boundary's query best (`memtier_kernels.select_blocks`)
+    on       the k blocks whose landmarks answer the boundary's query best (`memtier.layers.landmarks`)
     recent   the k newest sealed blocks                     a control: does retrieval beat a longer window?
     random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
     off      none
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from memtier.blocks import RetrievalMode
+from memtier.layers.landmarks import candidates, settle
 from memtier.tiers.device_pool import DevicePool, PoolKey
 from memtier.tiers.storage import StorageTier
-from memtier_kernels import select_blocks
 
 __all__ = ["OverlaySelector", "StorageSelector"]
 
@@ -99,11 +99,11 @@ class StorageSelector:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         for first, rows in self._pieces(layer, int(visible.max())):
-            ids, scores = select_blocks(queries, rows[None], (visible - first).clamp(min=0), k)
+            ids, scores = candidates(queries, rows[None], (visible - first).clamp(min=0), k)
             ids = torch.where(ids < 0, ids, ids + first)
-            best = (ids, scores) if best is None else _better(best, (ids, scores), k)
+            best = (ids, scores) if best is None else _better(best, (ids, scores), ids.shape[-1])
         assert best is not None, "select was called with nothing visible"
-        return best
+        return settle(queries, *best, k)
 
     def _pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
         return self.storage.pieces(layer, upto)

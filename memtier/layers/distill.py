@@ -10,6 +10,8 @@ other sequences compete.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -62,25 +64,36 @@ def distillation_loss(
 def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> torch.Tensor:
     """(B, R, n): log-probability of each block of the own sequence, the blocks of the whole batch competing.
 
-    A store holds far more blocks than a training sequence; those of the other sequences stand in for them.
+    A store holds far more blocks than a training sequence; those of the other sequences stand in for them. With several
+    keys a block, each head has its own choice, as in `memtier.layers.landmarks.settle`; here their mean is taught.
     """
     batch, count = marks.shape[:2]
     with torch.autocast(queries.device.type, enabled=False):
         if plan.settings.landmark_keys:
             # at the scale of attention, whose own keys these are
-            scores = late_interaction(queries.flatten(0, 1)[None], marks.flatten(0, 1)[None])[0]
-            scores = scores * queries.shape[-1] ** -0.5
+            scores = _by_head(queries.flatten(0, 1), marks.flatten(0, 1)) * queries.shape[-1] ** -0.5
         else:
+            # of several queries a boundary the best counts
             scores = queries.flatten(0, 1) @ marks.flatten(0, 1).T
-        # of several queries a boundary the best counts
-        each = queries_a_boundary(plan.settings)
-        scores = scores.unflatten(0, (batch, -1, each)).float().amax(2)
+            scores = scores.unflatten(0, (-1, queries_a_boundary(plan.settings))).amax(1, keepdim=True)
+        scores = scores.float().unflatten(0, (batch, -1)).unflatten(-1, (batch, count))
     seen = torch.arange(count, device=scores.device) < plan.visible_row[:, None]
-    own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, :, None]
-    competing = torch.where(own, seen[None, :, None, :], True)
-    total = scores.unflatten(-1, (batch, count)).masked_fill(~competing, -1e9).flatten(2).logsumexp(-1)
-    own_scores = scores.unflatten(-1, (batch, count))[torch.arange(batch), :, torch.arange(batch)]
-    return (own_scores - total[..., None]).masked_fill(~seen, -1e9)
+    own = torch.eye(batch, dtype=torch.bool, device=scores.device)[:, None, None, :, None]
+    competing = torch.where(own, seen[None, :, None, None, :], True)
+    total = scores.masked_fill(~competing, -1e9).flatten(3).logsumexp(-1)
+    log_p = scores[torch.arange(batch), :, :, torch.arange(batch)] - total[..., None]
+    heads = log_p.shape[2]
+    return (log_p.logsumexp(2) - math.log(heads)).masked_fill(~seen, -1e9)
+
+
+def _by_head(queries: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+    """(N, H, n): each head's best product of queries (N, H, D) with the keys of each block of marks (n, m, G, D)."""
+    repeat = queries.shape[1] // marks.shape[2]
+    found = [
+        late_interaction(q.flatten(0, 1)[None, :, None], marks[None, :, :, g : g + 1])[0].unflatten(0, (-1, repeat))
+        for g, q in enumerate(queries.split(repeat, dim=1))
+    ]
+    return torch.cat(found, dim=1)
 
 
 def _block_mass(

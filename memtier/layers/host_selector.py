@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memtier_kernels import select_blocks
+from memtier.layers.landmarks import choose_blocks
 
 __all__ = ["HostSpanSelector"]
 
@@ -32,7 +32,7 @@ class HostSpanSelector:
         self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
-        return select_blocks(queries, self._blocks[layer][2], visible, k)
+        return choose_blocks(queries, self._blocks[layer][2], visible, k)
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.fetch`."""

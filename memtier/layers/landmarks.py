@@ -5,7 +5,8 @@ Two kinds, by `landmark_keys`:
     0   the landmark of a block is the mean of its keys, the query of a boundary b the mean over the tokens b-r+1 .. b,
         summed per KV head: one inner product a block.
     m   a block keeps m of its own keys as they are, the most salient ones; the query is that of token b, head by head,
-        and each head looks for its best landmark. So a block is found by a single token, which a mean would bury.
+        and each head looks for its best landmark. So a block is found by a single token, which a mean would bury, and
+        by a single head, which a sum over heads would drown (`settle`).
 
 Two variations of the first kind, to compare (`landmark_kind`, `query_kind`):
 
@@ -23,9 +24,18 @@ import torch
 
 from memtier.blocks import MemorySettings
 from memtier.layers.plan import StepPlan
-from memtier_kernels import landmarks
+from memtier_kernels import landmarks, select_blocks
 
-__all__ = ["best_of_queries", "block_landmarks", "boundary_queries", "queries_a_boundary", "search_queries"]
+__all__ = [
+    "best_of_queries",
+    "block_landmarks",
+    "boundary_queries",
+    "candidates",
+    "choose_blocks",
+    "queries_a_boundary",
+    "search_queries",
+    "settle",
+]
 
 
 def block_landmarks(
@@ -90,6 +100,55 @@ def boundary_queries(plan: StepPlan, queries: torch.Tensor, tail: torch.Tensor |
 def queries_a_boundary(settings: MemorySettings) -> int:
     """1, or r where each of the last r tokens asks for itself."""
     return settings.span_refresh_tokens if settings.query_kind == "max" else 1
+
+
+def choose_blocks(
+    queries: torch.Tensor, marks: torch.Tensor, visible: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best blocks of every query, from all landmarks at once; see `candidates` and `settle`."""
+    return settle(queries, *candidates(queries, marks, visible, k), k)
+
+
+def candidates(
+    queries: torch.Tensor, marks: torch.Tensor, visible: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What may be among the k best blocks. The best of parts of the landmarks are the best of all of them.
+
+    Args:
+        queries: (B, R, C), or (B, R, H, D).
+        marks: (B, n, C), or (B, n, m, G, D).
+        visible: (R,) int64: query i may choose among blocks [0, visible_i).
+
+    Returns:
+        ids and scores as of `select_blocks`: the k best of each query, (B, R, k); with several keys a block the 2k best
+        of each head (at most 64, at least k) by its best key, (B, R * H, 2k).
+    """
+    if queries.dim() == 3:
+        return select_blocks(queries, marks, visible, k)
+    repeat = queries.shape[2] // marks.shape[3]
+    rows, many = visible.repeat_interleave(repeat), max(k, min(2 * k, 64))
+    found = [
+        select_blocks(q.flatten(1, 2).unsqueeze(2), marks[:, :, :, g : g + 1], rows, many)
+        for g, q in enumerate(queries.split(repeat, dim=2))
+    ]
+    by_head = [[x.unflatten(1, (-1, repeat)) for x in pair] for pair in found]
+    ids, scores = (torch.stack(parts, dim=2).flatten(1, 3) for parts in zip(*by_head, strict=True))
+    return ids, scores
+
+
+def settle(queries: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best blocks of `candidates`: ids and scores (B, R, k).
+
+    With several keys a block the heads must be compared. A head that looks for one certain block has one score far
+    above its others; one that looks for nothing scores all alike. So a block counts by its share in the softmax of a
+    head's candidates, in the head that gives it most; its score is the logarithm of that.
+    """
+    if queries.dim() == 3:
+        return ids, scores
+    scores = scores * queries.shape[-1] ** -0.5
+    total = scores.logsumexp(-1, keepdim=True)
+    shares = torch.where(total == float("-inf"), scores, scores - total)
+    return best_of_queries(ids, shares, queries.shape[2], k)
 
 
 def best_of_queries(ids: torch.Tensor, scores: torch.Tensor, queries: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

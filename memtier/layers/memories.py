@@ -11,12 +11,18 @@ from typing import Protocol
 
 import torch
 
-from memtier.layers.landmarks import best_of_queries, block_landmarks, boundary_queries, queries_a_boundary
+from memtier.layers.landmarks import (
+    best_of_queries,
+    block_landmarks,
+    boundary_queries,
+    choose_blocks,
+    queries_a_boundary,
+)
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
 from memtier.layers.rules import EideticRule
 from memtier.layers.state import AttentionState
-from memtier_kernels import Band, Paged, SpanAttentionOutput, keep_surprising, select_blocks
+from memtier_kernels import Band, Paged, SpanAttentionOutput, keep_surprising
 
 __all__ = [
     "SOURCES",
@@ -227,7 +233,7 @@ def span_step(
             return None
         marks = block_landmarks(new_keys.float(), labels, settings.landmark_keys, settings.landmark_kind)
         visible = plan.visible_row[plan.new].repeat_interleave(each)
-        ids, scores = best_of_queries(*select_blocks(picks.float(), marks, visible, k), each, k)
+        ids, scores = best_of_queries(*choose_blocks(picks.float(), marks, visible, k), each, k)
         return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores, empty=False)
 
     if count:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memtier.errors import ConfigError
-from memtier.layers.landmarks import block_landmarks
+from memtier.layers.landmarks import block_landmarks, candidates, choose_blocks, settle
 from memtier.testing import tiny_config
 from memtier_kernels import late_interaction, select_blocks
 
@@ -58,6 +58,58 @@ def test_a_single_token_is_found_that_the_mean_buries():
     )
     assert int(by_keys) == 123
     assert int(by_mean) != 123
+
+
+def test_a_block_counts_by_the_share_of_the_head_that_wants_it_most():
+    queries, marks = draw(2, 3, 4, 5), draw(2, 60, 3, 2, 5, seed=1)
+    visible = torch.tensor([60, 20, 7])
+    ids, scores = choose_blocks(queries, marks, visible, 4)
+    for b in range(2):
+        for r in range(3):
+            seen = int(visible[r])
+            best = torch.stack([(marks[b, :seen, :, h // 2] @ queries[b, r, h]).amax(-1) for h in range(4)]) * 5**-0.5
+            kept = best.topk(min(8, seen), dim=-1)
+            shares = kept.values - kept.values.logsumexp(-1, keepdim=True)
+            by_block = {}
+            for block, share in zip(kept.indices.flatten().tolist(), shares.flatten().tolist(), strict=True):
+                by_block[block] = max(share, by_block.get(block, -float("inf")))
+            wanted = sorted(sorted(by_block, key=by_block.__getitem__)[-4:])
+            assert ids[b, r].tolist() == wanted
+            assert scores[b, r].tolist() == pytest.approx([by_block[block] for block in wanted])
+
+
+def test_one_certain_head_is_not_outvoted_by_heads_that_look_for_nothing():
+    marks = 0.3 * draw(1, 3000, 4, 2, 16)
+    needle = draw(16, seed=3)
+    marks[0, 77, 2, 0] = 1.2 * needle
+    # the other heads like a few hundred blocks a little more than the certain head likes any but its own
+    queries = torch.stack([needle, *(8.0 * draw(3, 16, seed=4))])[None, None]
+    visible = torch.tensor([3000])
+    ids, _ = choose_blocks(queries, marks, visible, 4)
+    summed, _ = select_blocks(queries, marks, visible, 4)
+    assert 77 in ids[0, 0]
+    assert 77 not in summed[0, 0]
+
+
+@pytest.mark.parametrize("cuts", [[40], [1, 39], [8, 9, 30]])
+def test_the_best_of_parts_are_the_best_of_all(cuts):
+    queries, marks, visible = draw(1, 2, 4, 5), draw(1, 50, 2, 2, 5, seed=1), torch.tensor([50, 33])
+    whole = choose_blocks(queries, marks, visible, 3)
+    parts = []
+    for start, end in zip([0, *cuts], [*cuts, 50], strict=True):
+        ids, scores = candidates(queries, marks[:, start:end], (visible - start).clamp(0, end - start), 3)
+        parts.append((torch.where(ids < 0, ids, ids + start), scores))
+    ids, scores = (torch.cat(x, dim=-1) for x in zip(*parts, strict=True))
+    best = scores.topk(6, dim=-1)
+    merged = settle(queries, ids.gather(-1, best.indices), best.values, 3)
+    assert torch.equal(merged[0], whole[0])
+    torch.testing.assert_close(merged[1], whole[1])
+
+
+def test_nothing_visible_is_nothing_chosen():
+    ids, scores = choose_blocks(draw(1, 1, 4, 5), draw(1, 9, 2, 2, 5), torch.tensor([0]), 3)
+    assert ids.tolist() == [[[-1, -1, -1]]]
+    assert bool((scores == -float("inf")).all())
 
 
 def test_gradients_reach_the_chosen_keys_alone():

@@ -24,7 +24,6 @@ class Level:
         facts: most facts in a sequence, for "full" most facts in 1,024 tokens.
         filler: share of book text in what is told and asked.
         gap: share of the sequence that is one stretch of book text between the last telling and the next question.
-        told: of the places in a "full" sequence, the most that tell a fact; the others ask.
     """
 
     letters: int
@@ -33,7 +32,6 @@ class Level:
     facts: int
     filler: float
     gap: float = 0.0
-    told: float = 0.45
 
 
 LEVELS = (
@@ -48,7 +46,6 @@ LEVELS = (
     Level(5, 4, "full", 8, 0.2, gap=0.6),
     # many facts at once: a name must be told from all others
     Level(5, 4, "full", 16, 0.1, gap=0.25),
-    Level(5, 4, "full", 24, 0.05, gap=0.1, told=0.65),
 )
 
 

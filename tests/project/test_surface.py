@@ -83,5 +83,3 @@ def test_the_contract_of_observe_and_generate_is_kept() -> None:
         "remember": True,
         "retrieval": None,
     }
-
-

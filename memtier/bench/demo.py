@@ -63,8 +63,8 @@ def run_demo(store: Path, options: DemoOptions, on_progress: OnProgress) -> dict
     if options.facts < 1:
         raise ConfigError(f"--facts is {options.facts}; there must be at least one to ask for. The default is 200.")
     facts = make_facts(options.facts, options.seed)
-    planted = plant(text, facts, options.seed)
-    questions = choose_questions(facts, options.seed)
+    planted = plant(text, facts, options.seed, wording="plain")
+    questions = choose_questions(facts, options.seed, "plain")
 
     use_threads(options.threads)
     with _open(store, options) as runtime:

@@ -13,7 +13,7 @@ from memtier_kernels.span_attention.sources import Band, Paged, merge
 __all__ = ["band_attention", "paged_attention", "span_attention"]
 
 # queries that share one slice of a band: larger wastes masked scores, smaller wastes calls
-BAND_QUERIES = 128
+BAND_QUERIES = 96
 # such slices that are read in one call
 BAND_CHUNKS = 8
 

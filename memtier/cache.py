@@ -17,9 +17,9 @@ from memtier.errors import IncompatibleMemoryError, ModelError
 from memtier.layers.bmojo import MixerState
 from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
-from memtier.layers.memories import SOURCES
 from memtier.layers.plan import StepPlan, make_plan, next_boundary, window_start
 from memtier.layers.records import flatten, map_tensors, unflatten
+from memtier_kernels.span_attention.sources import SOURCES
 
 __all__ = ["LayerState", "ReadableConfig", "TieredCache"]
 

@@ -28,7 +28,7 @@ import torch
 import memtier
 from memtier.bench.demo import OnProgress, choose_questions, first_code, tail_of
 from memtier.bench.machine import describe_machine, use_threads
-from memtier.bench.rows import Row, read_rows, results_folder, write_rows
+from memtier.bench.rows import Row, holds, read_rows, results_folder, write_rows
 from memtier.bench.text import load_text, plant
 from memtier.errors import ConfigError
 from memtier.retriever import StorageSelector
@@ -89,14 +89,14 @@ def run_facts(options: FactsOptions, on_progress: OnProgress) -> dict[str, Any]:
     ]
     for number, (wording, seed) in enumerate(exams):
         shared = _identity(options, wording) | {"seed": str(seed)}
-        if not any(all(row[k] == v for k, v in shared.items()) for row in done):
+        if not any(holds(row, shared) for row in done):
             stage = f"exam {number + 1} of {len(exams)}"
             found = _exam(text, options, wording, seed, lambda _, d, t, s=stage: on_progress(s, d, t))
             known = {"commit": machine["commit"], "torch": torch.__version__}
             done += [{k: str(v) for k, v in (shared | row | known).items()} for row in found]
             write_rows(done, COLUMNS, path)
     kinds = [_identity(options, wording) for wording in options.wordings]
-    mine = [row for row in done if any(all(row[k] == v for k, v in kind.items()) for kind in kinds)]
+    mine = [row for row in done if any(holds(row, kind) for kind in kinds)]
     return {"command": options.command, "machine": machine, "written_to": str(path), "summary": summarise(mine)}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import memtier
 from memtier.bench.demo import OnProgress
 from memtier.bench.machine import describe_machine, use_threads
-from memtier.bench.rows import Row, read_rows, results_folder, write_rows
+from memtier.bench.rows import Row, holds, read_rows, results_folder, write_rows
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
 
@@ -69,9 +69,9 @@ def run_length(options: LengthOptions, on_progress: OnProgress) -> dict[str, Any
     ends = stretches(len(data))
     for mode in options.modes:
         mine = {"model": options.model, "text": name, "mode": mode}
-        if any(all(row[k] == v for k, v in mine.items()) and row["to"] == str(ends[-1][1]) for row in rows):
+        if any(holds(row, mine) and row["to"] == str(ends[-1][1]) for row in rows):
             continue
-        rows = [row for row in rows if any(row[k] != v for k, v in mine.items())]
+        rows = [row for row in rows if not holds(row, mine)]
         measure = _fresh if mode == "fresh" else _stream
         for (start, end), (tokens, bits) in zip(ends, measure(data, ends, mode, options, on_progress), strict=True):
             values = {"from": start, "to": end, "tokens": tokens, "bits_per_byte": f"{bits:.4f}"}

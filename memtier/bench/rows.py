@@ -9,9 +9,14 @@ from pathlib import Path
 import memtier_kernels
 from memtier.errors import ConfigError
 
-__all__ = ["Row", "read_rows", "results_folder", "write_rows"]
+__all__ = ["Row", "holds", "read_rows", "results_folder", "write_rows"]
 
 Row = dict[str, str]
+
+
+def holds(row: Row, values: Row) -> bool:
+    """Whether a row has all of these values."""
+    return values.items() <= row.items()
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -18,7 +18,6 @@ from memtier.layers.distill import distillation_loss
 from memtier.layers.landmarks import search_queries
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.memories import (
-    SOURCES,
     LayerMemory,
     attention_shares,
     eidetic_step,
@@ -34,7 +33,7 @@ from memtier.layers.rules import EideticRule, RuleByName, prediction_error
 from memtier.layers.state import AttentionState, empty_attention_state, extend, roll
 from memtier_kernels import Band, Paged, causal_conv1d, span_attention
 
-__all__ = ["SOURCES", "BMojoMixer", "MixerLosses", "MixerState"]
+__all__ = ["BMojoMixer", "MixerLosses", "MixerState"]
 
 # how many outputs of the fading memory the innovation test looks at
 PREDICTOR_TOKENS = {"linear": 1, "conv": 4}

@@ -23,9 +23,9 @@ from memtier.layers.rotary import apply_rotary
 from memtier.layers.rules import EideticRule
 from memtier.layers.state import AttentionState
 from memtier_kernels import Band, Paged, SpanAttentionOutput, keep_surprising
+from memtier_kernels.span_attention.sources import SOURCES
 
 __all__ = [
-    "SOURCES",
     "EideticStep",
     "LayerMemory",
     "SpanStep",
@@ -37,7 +37,6 @@ __all__ = [
     "span_step",
 ]
 
-SOURCES = ("sinks", "span", "eidetic", "fading", "window")
 STORAGE_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 

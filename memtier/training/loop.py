@@ -18,8 +18,9 @@ from memtier.errors import ConfigError, ModelError
 from memtier.training.checkpoint import load_checkpoint, save_checkpoint
 from memtier.training.gradients import enable_checkpointing
 from memtier.training.levels import Curriculum
-from memtier.training.metrics import LogRow, Meter, append_row, keep_rows_until
+from memtier.training.metrics import LogRow, Meter, keep_rows_until
 from memtier.training.optimizer import make_optimizer
+from memtier.training.table import append_record
 from memtier.training.tasks import Batch, TaskMixer
 
 __all__ = ["CHECKPOINT_NAME", "LOG_NAME", "LoopSettings", "TrainReport", "train"]
@@ -182,7 +183,7 @@ def train(
         if state.step % settings.log_every_steps and progress < 1.0:
             continue
         row = _log_row(state, curriculum, progress, rate, sequence_tokens, far_attention, meter, window)
-        append_row(out / LOG_NAME, row)
+        append_record(out / LOG_NAME, row, digits=5)
         if on_row is not None:
             on_row(row)
         curriculum.update(None if math.isnan(row.level_accuracy) else row.level_accuracy, progress)

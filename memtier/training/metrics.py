@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from memtier.training.tasks import ANSWER, COPY, TEXT
 
-__all__ = ["LogRow", "Meter", "MeterReading", "append_row", "keep_rows_until"]
+__all__ = ["LogRow", "Meter", "MeterReading", "keep_rows_until"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +111,6 @@ class Meter:
         means = [total / count if count else math.nan for total, count in self._sums.tolist()]
         self._sums.zero_()
         return MeterReading(means[0] / math.log(2), *means[1:])
-
-
-def append_row(path: Path, row: LogRow) -> None:
-    """Add one row to a CSV file; its head is written first."""
-    fresh = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            writer.writerow([f.name for f in fields(LogRow)])
-        writer.writerow([f"{v:.5g}" if isinstance(v, float) else v for v in asdict(row).values()])
 
 
 def keep_rows_until(path: Path, step: int) -> None:

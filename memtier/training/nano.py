@@ -20,6 +20,7 @@ from memtier.training.corpus import Corpus, load_corpus
 from memtier.training.evaluate import EvaluationReport, evaluate
 from memtier.training.loop import CHECKPOINT_NAME, LoopSettings, TrainReport, train
 from memtier.training.progress import TrainingProgress
+from memtier.training.surroundings import resolve_device
 from memtier.training.tasks import TaskMixer
 from memtier.training.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, write_byte_tokenizer
 
@@ -200,12 +201,6 @@ def _save_rounded(model: BMojoForCausalLM, folder: Path) -> int:
 
 def _on(name: str, model: BMojoForCausalLM) -> BMojoForCausalLM:
     """The model, moved to a device; "auto" is CUDA if present."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; 'auto', 'cpu' or 'cuda' were expected.") from error
     # PreTrainedModel wraps `to` in a way that type checkers cannot follow; the module's own is the same
-    torch.nn.Module.to(model, device)
+    torch.nn.Module.to(model, resolve_device(name))
     return model

@@ -10,11 +10,11 @@ from typing import Any
 __all__ = ["append_record"]
 
 
-def append_record(path: Path, record: Any) -> None:
-    """Add a dataclass record as a row; the head is written first. Floats keep six digits."""
+def append_record(path: Path, record: Any, *, digits: int = 6) -> None:
+    """Add a dataclass record as a row; the head is written first. Floats keep `digits` digits."""
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if fresh:
             writer.writerow([f.name for f in fields(record)])
-        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in asdict(record).values()])
+        writer.writerow([f"{v:.{digits}g}" if isinstance(v, float) else v for v in asdict(record).values()])

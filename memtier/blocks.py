@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "FarAttention",
     "FarPositions",
     "MemoryBlock",
     "MemoryHit",
@@ -28,6 +29,9 @@ __all__ = [
 
 RetrievalMode = Literal["on", "off", "random", "recent"]
 FarPositions = Literal["compact", "none", "true"]
+FarAttention = Literal["span", "dense", "batch"]
+"""What far attention reads: the chosen blocks; every sealed token (training, whole sequences); or blocks chosen among
+those of every sequence of the batch, which stand in for the store of a long session (likewise)."""
 
 
 @dataclass(frozen=True, slots=True)

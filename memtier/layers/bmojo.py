@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from memtier.blocks import FarAttention
 from memtier.layers.distill import distillation_loss
 from memtier.layers.landmarks import search_queries
 from memtier.layers.mamba2 import Mamba2State
@@ -104,7 +105,7 @@ class BMojoMixer(nn.Module):
         state: MixerState | None,
         memory: LayerMemory | None,
         *,
-        dense: bool = False,
+        far: FarAttention = "span",
     ) -> tuple[torch.Tensor, MixerState | None, MixerLosses]:
         """Read a step.
 
@@ -112,10 +113,11 @@ class BMojoMixer(nn.Module):
             h: (B, T, E), normed.
             state: None for a whole sequence from position 0 (training); then no state comes back.
             memory: where sealed blocks go and spans come from; None: the sequence itself.
-            dense: every sealed token is visible, and a loss teaches landmarks which blocks attention uses (training).
+            far: what is read beyond the window; "dense" adds a loss that teaches landmarks which blocks attention uses.
         """
         tokens = h.shape[1]
         settings, carried = plan.settings, None if state is None else state.attention
+        dense = far == "dense" and self.layer in settings.memory_layers
         q, k, v, tails = self._project(h, carried)
         keys, values = k, v
         changes: dict[str, torch.Tensor] = {}
@@ -140,7 +142,9 @@ class BMojoMixer(nn.Module):
         queries = search_queries(q, self.kv_heads, settings.landmark_keys)
         span, span_ids = None, None
         if self.layer in settings.memory_layers and not dense:
-            step = span_step(self.layer, plan, carried, memory, keys, values, queries, surprise, prefix)
+            step = span_step(
+                self.layer, plan, carried, memory, keys, values, queries, surprise, prefix, of_batch=far == "batch"
+            )  # fmt: skip
             if step is not None:
                 span_ids = step.ids
                 span = None if step.empty else step.paged(settings)
@@ -149,7 +153,7 @@ class BMojoMixer(nn.Module):
                     if not settings.landmark_keys:
                         changes["query_tail"] = roll(carried.query_tail, queries)
         eidetic = None
-        if settings.eidetic_tokens and surprise is not None and not (dense and self.layer in settings.memory_layers):
+        if settings.eidetic_tokens and surprise is not None and not dense:
             chosen = eidetic_step(plan, carried, keys, values, surprise, prefix, self.rule)
             if chosen is not None:
                 if carried is not None:
@@ -161,16 +165,16 @@ class BMojoMixer(nn.Module):
                 positions = chosen.positions
         sinks, sink_changes = sink_step(plan, carried, k, v)
         changes.update(sink_changes)
-        far: Paged | Band | None = span
-        if dense and self.layer in settings.memory_layers and plan.lo[-1] > 0:
+        distant: Paged | Band | None = span
+        if dense and plan.lo[-1] > 0:
             start = torch.full_like(plan.lo_token, settings.sink_tokens)
-            far = Band(keys, values, start, plan.lo_token.clamp(min=settings.sink_tokens))
+            distant = Band(keys, values, start, plan.lo_token.clamp(min=settings.sink_tokens))
 
         window = Band(
             keys, values, plan.lo_token - plan.origin + prefix,
             (torch.arange(tokens, device=h.device) + (prefix + 1)).expand(plan.lo_token.shape),
         )  # fmt: skip
-        sources = Sources(window, fading, sinks, eidetic, far, positions, span_ids)
+        sources = Sources(window, fading, sinks, eidetic, distant, positions, span_ids)
         near_q, far_q, sources = rotate_sources(
             q, sources, plan, self.rotary, self._far_sizes(settings), carried is not None
         )

@@ -37,6 +37,8 @@ __all__ = [
     "span_step",
 ]
 
+# the number of a block that no session has: beyond all that are read
+NO_BLOCK = 1 << 40
 STORAGE_DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
 
@@ -208,12 +210,16 @@ class SpanStep:
 
 def span_step(
     layer: int, plan: StepPlan, state: AttentionState | None, memory: LayerMemory | None, keys: torch.Tensor,
-    values: torch.Tensor, queries: torch.Tensor, innovation: torch.Tensor | None, prefix: int,
+    values: torch.Tensor, queries: torch.Tensor, innovation: torch.Tensor | None, prefix: int, *,
+    of_batch: bool = False,
 ) -> SpanStep | None:  # fmt: skip
     """Seal the blocks that left the window, choose a span for every new boundary, and fetch it.
 
     Without a `memory` (a plain forward pass over a whole sequence) the blocks of the sequence itself are the store. K
     and V of a sealed block are rounded to the storage dtype in both cases, so the two give the same numbers.
+
+    Args:
+        of_batch: without a memory, choose among the blocks of every sequence of the batch, sealed by then.
     """
     settings = plan.settings
     block, k = settings.span_block_tokens, settings.span_blocks
@@ -232,8 +238,13 @@ def span_step(
             return None
         marks = block_landmarks(new_keys.float(), labels, settings.landmark_keys, settings.landmark_kind)
         visible = plan.visible_row[plan.new].repeat_interleave(each)
-        ids, scores = best_of_queries(*choose_blocks(picks.float(), marks, visible, k), each, k)
-        return SpanStep(new_keys.to(keys.dtype), new_values.to(values.dtype), ids, ids, scores, empty=False)
+        pool, rows = (new_keys.to(keys.dtype), new_values.to(values.dtype)), len(keys) if of_batch else 1
+        if of_batch:
+            pool, marks = tuple(map(_of_batch, pool)), _of_batch(marks)
+        table, scores = best_of_queries(*choose_blocks(picks.float(), marks, visible * rows, k), each, k)
+        # a block of another sequence has no number in this one
+        ids = torch.where(table < 0, table, (table // rows).masked_fill(table % rows != rows - 1, NO_BLOCK))
+        return SpanStep(*pool, table, ids, scores, empty=False)
 
     if count:
         owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)
@@ -256,6 +267,15 @@ def span_step(
         return _resident(layer, memory, held, ids, scores) or _fetched(layer, memory, held, ids, scores, keys)
     none = ids.to(keys.device)
     return _after(held, SpanStep(state.span_keys, state.span_values, none, none, scores, empty=True))
+
+
+def _of_batch(blocks: torch.Tensor) -> torch.Tensor:
+    """(B, n, ...) -> (B, n * B, ...): block by block, those of the other sequences and then the own one.
+
+    So what may be chosen at a boundary was sealed before it, in every sequence.
+    """
+    row = torch.arange(blocks.shape[0], device=blocks.device)
+    return blocks[(row[:, None] + row + 1) % len(row)].transpose(1, 2).flatten(1, 2)
 
 
 def _held(state: AttentionState) -> SpanStep:

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 
+from memtier.blocks import FarAttention
 from memtier.errors import ConfigError, ModelError
 from memtier.training.checkpoint import load_checkpoint, save_checkpoint
 from memtier.training.gradients import enable_checkpointing
@@ -28,7 +29,7 @@ __all__ = ["CHECKPOINT_NAME", "LOG_NAME", "LoopSettings", "TrainReport", "train"
 CHECKPOINT_NAME = "checkpoint.safetensors"
 LOG_NAME = "log.csv"
 _MOST_SKIPPED_IN_A_ROW = 10
-_Number = TypeVar("_Number", int, float)
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +41,17 @@ class LoopSettings:
         batch_tokens, sequence_tokens: of one step over all its sequences, and of a sequence: (until which progress,
             tokens) pairs, in order.
         peak_learning_rate: (until which progress, rate) pairs likewise.
-        dense_until: progress until which far attention is dense; 0 for never.
+        far_attention: (until which progress, kinds) pairs; the kinds take turns, a step each.
         warmup_steps, decay_from: the learning rate rises over warmup_steps, stays, and falls to 0 from decay_from on.
         far_tokens: an answer whose code was seen further back counts as far.
-        autocast: run the forward pass in bfloat16.
+        autocast: run the forward pass in bfloat16; None: on a GPU.
     """
 
     minutes: float | None = None
     steps: int | None = None
     batch_tokens: tuple[tuple[float, int], ...] = ((1.0, 8192),)
     sequence_tokens: tuple[tuple[float, int], ...] = ((0.4, 512), (1.0, 1024))
-    dense_until: float = 0.5
+    far_attention: tuple[tuple[float, tuple[FarAttention, ...]], ...] = ((0.5, ("dense",)), (1.0, ("span",)))
     peak_learning_rate: tuple[tuple[float, float], ...] = ((1.0, 2e-3),)
     warmup_steps: int = 100
     decay_from: float = 0.6
@@ -58,7 +59,7 @@ class LoopSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
     far_tokens: int = 256
-    autocast: bool = True
+    autocast: bool | None = None
     gradient_checkpointing: bool = False
     log_every_steps: int = 10
     checkpoint_every_seconds: float = 120.0
@@ -68,12 +69,15 @@ class LoopSettings:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; give exactly one of them.")
         if (self.minutes or self.steps or 0) <= 0:
             raise ConfigError(f"minutes is {self.minutes} and steps is {self.steps}; the one given must be positive.")
-        for name in ("batch_tokens", "sequence_tokens", "peak_learning_rate"):
+        for name in ("batch_tokens", "sequence_tokens", "peak_learning_rate", "far_attention"):
             ends = [until for until, _ in getattr(self, name)]
             if not ends or ends != sorted(ends) or ends[-1] < 1.0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; progress must rise up to 1.0.")
         if min(tokens for _, tokens in self.sequence_tokens) < 160:
             raise ConfigError(f"sequence_tokens is {self.sequence_tokens}; a sequence has at least 160 tokens.")
+        kinds = [kind for _, turns in self.far_attention for kind in turns or ("",)]
+        if unknown := [kind for kind in kinds if kind not in get_args(FarAttention)]:
+            raise ConfigError(f"far_attention holds {unknown[0]!r}; use some of {', '.join(get_args(FarAttention))}.")
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the budget that is used, 0 to 1."""
@@ -86,12 +90,17 @@ class LoopSettings:
         fall = min(1.0, (1.0 - progress) / max(1e-9, 1.0 - self.decay_from))
         return _now(self.peak_learning_rate, progress) * warm * fall
 
+    def far_attention_at(self, step: int, progress: float) -> FarAttention:
+        """What far attention is in a step."""
+        turns = _now(self.far_attention, progress)
+        return turns[step % len(turns)]
+
     def tokens_at(self, progress: float) -> tuple[int, int]:
         """Tokens of a step and of a sequence at this progress."""
         return _now(self.batch_tokens, progress), _now(self.sequence_tokens, progress)
 
 
-def _now(pairs: tuple[tuple[float, _Number], ...], progress: float) -> _Number:
+def _now(pairs: tuple[tuple[float, _Value], ...], progress: float) -> _Value:
     return next((value for until, value in pairs if progress < until), pairs[-1][1])
 
 
@@ -162,7 +171,7 @@ def train(
     while (progress := settings.progress(state.step, state.seconds)) < 1.0:
         begun = time.monotonic()
         batch_tokens, sequence_tokens = settings.tokens_at(progress)
-        far_attention = "dense" if progress < settings.dense_until else "span"
+        far_attention = settings.far_attention_at(state.step, progress)
         batch = mixer.batch(
             state.step, level=curriculum.level, sequence_tokens=sequence_tokens, batch_tokens=batch_tokens
         )
@@ -225,7 +234,8 @@ def _one_step(
         torch.from_numpy(a).to(device)
         for a in (batch.tokens, batch.kinds, batch.distance, batch.loss_weights(), batch.levels == level)
     )
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.autocast):
+    autocast = device.type == "cuda" if settings.autocast is None else settings.autocast
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
         output: Any = model(input_ids=tokens, labels=tokens, loss_weights=weights, far_attention=far_attention)
     loss = output.loss
     optimizer.zero_grad(set_to_none=True)

@@ -65,7 +65,7 @@ def read_losses(
         memory: sizes to read whole sequences under; None for the model's own.
         dense: every sealed token is visible to far attention, and landmarks are taught (whole sequences only).
     """
-    hidden, parts = model.model(model.model.embed_tokens(tokens_BT), cache, (), dense, memory)
+    hidden, parts = model.model(model.model.embed_tokens(tokens_BT), cache, (), "dense" if dense else "span", memory)
     hidden, targets = hidden.flatten(0, 1), targets_BT.flatten()
     at = (targets != NO_TARGET).nonzero().squeeze(1)
     if len(at) < len(targets):

@@ -177,9 +177,9 @@ class _Writer:
 def _draw_facts(level: Level, sequence_tokens: int, rng: random.Random, split: FactSplit) -> list[Fact]:
     most = level.facts
     if level.style == "full":
-        # Telling takes less than half of the places, so that there is room to ask.
+        # Telling takes half of the places, so that there is room to ask.
         places = sequence_tokens * (1.0 - level.gap) * (1.0 - level.filler) / _item_tokens(level)
-        most = max(2, min(level.facts * sequence_tokens // 1024, int(0.45 * places)))
+        most = max(2, min(level.facts * sequence_tokens // 1024, int(0.5 * places)))
     wanted = rng.randint(max(2, most // 3), most)
     names: dict[str, None] = {}
     while len(names) < wanted:
@@ -189,7 +189,7 @@ def _draw_facts(level: Level, sequence_tokens: int, rng: random.Random, split: F
 
 def _item_tokens(level: Level) -> float:
     """About how long one telling or question is."""
-    return 45.0 if level.style == "full" else 4.0 + level.letters + level.digits
+    return 50.0 if level.style == "full" else 4.0 + level.letters + level.digits
 
 
 def _filler(corpus: Corpus, split: FactSplit, size: int, rng: random.Random) -> bytes:

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from memtier.cache import TieredCache
-from memtier.errors import ConfigError
+from memtier.errors import ConfigError, ModelError
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 from memtier.testing import tiny_config, tiny_model
 
@@ -45,7 +45,7 @@ def test_beam_search_reorders_every_memory():
     assert torch.equal(model.generate(x, **options), model.generate(x, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("far", ["span", "dense"])
+@pytest.mark.parametrize("far", ["span", "dense", "batch"])
 def test_every_weight_gets_a_gradient_and_checkpointing_changes_none(far):
     gradients = []
     for checkpointing in (False, True):
@@ -61,6 +61,36 @@ def test_every_weight_gets_a_gradient_and_checkpointing_changes_none(far):
     assert missing == []
     for name, grad in gradients[0].items():
         torch.testing.assert_close(grad, gradients[1][name], msg=name)
+
+
+@torch.inference_mode()
+def test_blocks_of_the_whole_batch_compete_and_the_future_stays_hidden():
+    model, x = tiny_model(dtype=torch.float64), tokens(3, 90)
+    alone = [model(row[None], far_attention="batch").logits for row in x]
+    torch.testing.assert_close(torch.cat(alone), model(x).logits)
+
+    crowded = model(x, far_attention="batch").logits
+    other, later = x.clone(), x.clone()
+    other[1] = (other[1] + 7) % 256
+    later[0, 60:] = (later[0, 60:] + 7) % 256
+    assert not torch.equal(model(other, far_attention="batch").logits[0], crowded[0])
+    torch.testing.assert_close(model(other).logits[0], model(x).logits[0])
+    torch.testing.assert_close(model(later, far_attention="batch").logits[0, :60], crowded[0, :60])
+
+
+@torch.inference_mode()
+def test_blocks_of_the_batch_are_chosen_as_if_they_were_of_one_store():
+    # all of K blocks fit: what is read is every sealed block of the others, whichever row they are of
+    model, x = tiny_model(dtype=torch.float64, span_blocks=64, far_positions="none"), tokens(3, 90)
+    crowded = model(x, far_attention="batch").logits
+    turned = model(x[[0, 2, 1]], far_attention="batch").logits
+    torch.testing.assert_close(turned[0], crowded[0])
+
+
+def test_blocks_of_other_sequences_need_positions_of_their_own():
+    model, x = tiny_model(far_positions="true", rope_theta=1e4), tokens()
+    with pytest.raises(ModelError, match="compact"):
+        model(x, far_attention="batch")
 
 
 def test_dense_far_attention_teaches_landmarks():

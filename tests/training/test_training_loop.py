@@ -84,8 +84,11 @@ def test_training_lowers_the_loss_and_logs_it(mixer: TaskMixer, stub: Stub, tmp_
 
 
 def test_far_attention_is_dense_first_and_sequences_grow(mixer: TaskMixer, stub: Stub, tmp_path: Path) -> None:
-    train(stub, mixer, replace(SETTINGS, dense_until=0.25), tmp_path)
-    assert stub.asked == [("dense", 160)] * 3 + [("span", 160)] * 3 + [("span", 192)] * 6
+    train(stub, mixer, replace(SETTINGS, far_attention=((0.25, ("dense",)), (1.0, ("span", "batch")))), tmp_path)
+    assert (
+        stub.asked
+        == [("dense", 160)] * 3 + [("batch", 160), ("span", 160), ("batch", 160)] + [("span", 192), ("batch", 192)] * 3
+    )
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_log(mixer: TaskMixer, tmp_path: Path) -> None:
@@ -143,8 +146,15 @@ def test_a_checkpoint_of_another_model_seed_or_format_is_refused(mixer: TaskMixe
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"steps": 1, "minutes": 1.0}, {"steps": 0}, {"steps": 1, "sequence_tokens": ((0.5, 512),)}],
-    ids=["no-budget", "two-budgets", "zero", "progress-ends-early"],
+    [
+        {},
+        {"steps": 1, "minutes": 1.0},
+        {"steps": 0},
+        {"steps": 1, "sequence_tokens": ((0.5, 512),)},
+        {"steps": 1, "far_attention": ((1.0, ("near",)),)},
+        {"steps": 1, "far_attention": ((1.0, ()),)},
+    ],
+    ids=["no-budget", "two-budgets", "zero", "progress-ends-early", "unknown-attention", "no-attention"],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError):

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from memtier.blocks import MemorySettings
+from memtier.blocks import FarAttention, MemorySettings
 from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
@@ -64,7 +64,7 @@ class BMojoBlock(GradientCheckpointingLayer):
 
     def forward(
         self, x: torch.Tensor, plan: StepPlan, state: MixerState | Mamba2State | None, cache: StepCache | None,
-        dense: bool,
+        far: FarAttention,
     ) -> tuple[torch.Tensor, MixerState | Mamba2State | None, MixerLosses]:  # fmt: skip
         h = self.norm(x)
         losses = MixerLosses()
@@ -72,7 +72,7 @@ class BMojoBlock(GradientCheckpointingLayer):
             assert state is None or isinstance(state, Mamba2State)
             mixed, state = self.mixer(h, state)
         else:
-            mixed, state, losses = self.mixer(h, plan, state, cache, dense=dense)
+            mixed, state, losses = self.mixer(h, plan, state, cache, far=far)
         x = x + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(self.mlp_norm(x))
@@ -130,7 +130,7 @@ class BMojoModel(BMojoPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, x: torch.Tensor, cache: StepCache | None, marks: Collection[int], dense: bool,
+        self, x: torch.Tensor, cache: StepCache | None, marks: Collection[int], far: FarAttention,
         settings: MemorySettings | None = None,
     ) -> tuple[torch.Tensor, list[MixerLosses]]:  # fmt: skip
         """Read embedded tokens (B, T, E); with a cache, from its position on, and the cache is moved on.
@@ -145,7 +145,7 @@ class BMojoModel(BMojoPreTrainedModel):
         carried = [None] * len(self.layers) if cache is None else cache.states
         states, losses = [], []
         for layer, before in zip(self.layers, carried, strict=True):
-            x, state, loss = layer(x, plan, before, cache, dense)
+            x, state, loss = layer(x, plan, before, cache, far)
             states.append(state)
             losses.append(loss)
         if cache is not None:
@@ -181,7 +181,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         *,
         loss_weights: torch.Tensor | None = None,
         marks: Collection[int] = (),
-        far_attention: str = "span",
+        far_attention: FarAttention = "span",
         **kwargs: Any,
     ) -> BMojoOutput:
         """Read tokens; with a cache, as the continuation of what it holds.
@@ -195,10 +195,10 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             use_cache: True without a cache makes a new TieredCache.
             logits_to_keep: only the last n positions' logits; 0 for all.
             marks: absolute positions at which the span is chosen anew besides the regular boundaries.
-            far_attention: "dense" lets every sealed token be seen, to train retrieval (no cache).
+            far_attention: what the far memory is; all but "span" train retrieval, without a cache.
 
         Raises:
-            ModelError: padding, or non-finite logits while a cache is in use.
+            ModelError: padding; positions that blocks of other sequences do not have; non-finite logits with a cache.
         """
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ModelError(
@@ -208,12 +208,17 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if inputs_embeds is None:
             inputs_embeds = self.model.embed_tokens(input_ids)
         assert inputs_embeds is not None
+        if far_attention == "batch" and self.config.rope_theta is not None and self.config.far_positions == "true":
+            raise ModelError(
+                "far_attention is 'batch' and far_positions 'true', but blocks of other sequences have no position in "
+                "this one. Use far_positions 'compact' or 'none'."
+            )
         cache = past_key_values
         if use_cache and cache is None:
             cache = TieredCache(
                 self.config, batch_size=inputs_embeds.shape[0], device=inputs_embeds.device, dtype=inputs_embeds.dtype
             )
-        hidden, losses = self.model(inputs_embeds, cache, marks, far_attention == "dense")
+        hidden, losses = self.model(inputs_embeds, cache, marks, far_attention)
         if labels is None and logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)

@@ -71,7 +71,9 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
     with torch.autocast(queries.device.type, enabled=False):
         if plan.settings.landmark_keys:
             # at the scale of attention, whose own keys these are
-            scores = _by_head(queries.flatten(0, 1), marks.flatten(0, 1)) * queries.shape[-1] ** -0.5
+            scores = (
+                late_interaction(queries.flatten(0, 1)[None], marks.flatten(0, 1)[None])[0] * queries.shape[-1] ** -0.5
+            )
         else:
             # of several queries a boundary the best counts
             scores = queries.flatten(0, 1) @ marks.flatten(0, 1).T
@@ -84,16 +86,6 @@ def _log_choice(queries: torch.Tensor, marks: torch.Tensor, plan: StepPlan) -> t
     log_p = scores[torch.arange(batch), :, :, torch.arange(batch)] - total[..., None]
     heads = log_p.shape[2]
     return (log_p.logsumexp(2) - math.log(heads)).masked_fill(~seen, -1e9)
-
-
-def _by_head(queries: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """(N, H, n): each head's best product of queries (N, H, D) with the keys of each block of marks (n, m, G, D)."""
-    repeat = queries.shape[1] // marks.shape[2]
-    found = [
-        late_interaction(q.flatten(0, 1)[None, :, None], marks[None, :, :, g : g + 1])[0].unflatten(0, (-1, repeat))
-        for g, q in enumerate(queries.split(repeat, dim=1))
-    ]
-    return torch.cat(found, dim=1)
 
 
 def _block_mass(

@@ -121,19 +121,9 @@ def candidates(
 
     Returns:
         ids and scores as of `select_blocks`: the k best of each query, (B, R, k); with several keys a block the 2k best
-        of each head (at most 64, at least k) by its best key, (B, R * H, 2k).
+        of each head (at most 64, at least k) by its best key, (B, R, H, 2k).
     """
-    if queries.dim() == 3:
-        return select_blocks(queries, marks, visible, k)
-    repeat = queries.shape[2] // marks.shape[3]
-    rows, many = visible.repeat_interleave(repeat), max(k, min(2 * k, 64))
-    found = [
-        select_blocks(q.flatten(1, 2).unsqueeze(2), marks[:, :, :, g : g + 1], rows, many)
-        for g, q in enumerate(queries.split(repeat, dim=2))
-    ]
-    by_head = [[x.unflatten(1, (-1, repeat)) for x in pair] for pair in found]
-    ids, scores = (torch.stack(parts, dim=2).flatten(1, 3) for parts in zip(*by_head, strict=True))
-    return ids, scores
+    return select_blocks(queries, marks, visible, k if queries.dim() == 3 else max(k, min(2 * k, 64)))
 
 
 def settle(queries: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,7 +138,7 @@ def settle(queries: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, k: in
     scores = scores * queries.shape[-1] ** -0.5
     total = scores.logsumexp(-1, keepdim=True)
     shares = torch.where(total == float("-inf"), scores, scores - total)
-    return best_of_queries(ids, shares, queries.shape[2], k)
+    return best_of_queries(ids.flatten(1, 2), shares.flatten(1, 2), queries.shape[2], k)
 
 
 def best_of_queries(ids: torch.Tensor, scores: torch.Tensor, queries: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -47,3 +47,11 @@ def test_float32_gradients_of_large_heads_are_not_compiled_since_they_would_spil
 def test_float32_heads_beyond_the_kernels_are_refused_with_the_limit():
     with pytest.raises(KernelError, match="128 channels"):
         compile_report("span_attention", "sm_90", dtype=torch.float32, D=256)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_rows_too_long_for_registers_have_a_gradient_that_does_not_spill(arch):
+    rows = compile_report("gated_rms_norm", arch, dtype=torch.bfloat16, E=16_384)
+    assert {row["kernel"] for row in rows} == {"_forward", "_row_sums", "_backward"}
+    assert all(row["spill_bytes"] == 0 for row in rows)

@@ -63,17 +63,19 @@ def test_the_chosen_and_their_scores_are_those_of_the_reference(sizes, device):
 @settings(max_examples=20, deadline=None)
 def test_the_choice_is_a_plain_sort_with_ties_to_the_newer(seed, rows, blocks, k, m):
     arguments = whole_numbers(seed, B=1, R=rows, n=blocks, C=2, k=k, m=m)
-    ids, scores = select_blocks(**arguments, impl="triton")
     q, marks = arguments["queries"][0], arguments["landmarks"][0]
-    for row, visible in enumerate(arguments["visible"].tolist()):
-        if m:
-            products = torch.einsum("gjd,nmgd->gjnm", q[row].unflatten(0, (2, -1)), marks[:visible])
-            value = products.amax(-1).sum((0, 1)).tolist()
-        else:
-            value = (marks[:visible] @ q[row]).tolist()
-        best = sorted(sorted(range(visible), key=lambda b: (-value[b], -b))[:k])
-        assert ids[0, row].tolist() == best + [-1] * (k - len(best))
-        assert scores[0, row].tolist() == [value[b] for b in best] + [float("-inf")] * (k - len(best))
+    if m:
+        # heads 0 and 1 share a KV head, and so do 2 and 3
+        products = torch.einsum("rhd,nmhd->rhnm", q, marks.repeat_interleave(2, dim=2)).amax(-1)
+    else:
+        products = (q @ marks.T).unsqueeze(1)
+    for impl in ("triton", "reference"):
+        ids, scores = (x[0].unflatten(0, (rows, -1)).flatten(1, -2) for x in select_blocks(**arguments, impl=impl))
+        for row, visible in enumerate(arguments["visible"].tolist()):
+            for head, value in enumerate(products[row].tolist()):
+                best = sorted(sorted(range(visible), key=lambda b, v=value: (-v[b], -b))[:k])
+                assert ids[row, head].tolist() == best + [-1] * (k - len(best))
+                assert scores[row, head].tolist() == [value[b] for b in best] + [float("-inf")] * (k - len(best))
 
 
 @pytest.mark.parametrize("m", [0, 2])

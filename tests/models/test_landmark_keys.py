@@ -1,5 +1,7 @@
 """Landmarks that are keys: which are kept, and that a single token can be found by them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -13,14 +15,13 @@ def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_score_is_each_heads_best_landmark_summed_over_heads():
+def test_the_score_is_each_heads_best_landmark():
     queries, marks = draw(2, 3, 6, 5), draw(2, 7, 4, 2, 5, seed=1)
     scores = late_interaction(queries, marks)
-    for b in range(2):
-        for r in range(3):
-            for n in range(7):
-                wanted = sum(max(float(queries[b, r, h] @ marks[b, n, j, h // 3]) for j in range(4)) for h in range(6))
-                assert float(scores[b, r, n]) == pytest.approx(wanted)
+    assert scores.shape == (2, 3, 6, 7)
+    for b, r, h, n in itertools.product(range(2), range(3), range(6), range(7)):
+        wanted = max(float(queries[b, r, h] @ marks[b, n, j, h // 3]) for j in range(4))
+        assert float(scores[b, r, h, n]) == pytest.approx(wanted)
 
 
 def test_more_blocks_than_a_piece_give_the_same_scores_as_each_alone():
@@ -34,8 +35,8 @@ def test_one_landmark_and_one_head_is_the_inner_product():
     visible = torch.tensor([9, 4, 0])
     one = select_blocks(queries, marks, visible, 3)
     other = select_blocks(queries[:, :, None], marks[:, :, None, None], visible, 3)
-    assert torch.equal(one[0], other[0])
-    torch.testing.assert_close(one[1], other[1])
+    assert torch.equal(one[0], other[0][:, :, 0])
+    torch.testing.assert_close(one[1], other[1][:, :, 0])
 
 
 def test_the_most_salient_keys_are_kept_in_the_order_of_their_tokens():
@@ -56,7 +57,7 @@ def test_a_single_token_is_found_that_the_mean_buries():
     by_mean, _ = select_blocks(
         queries.unflatten(0, (2, 2)).sum(1).flatten()[None, None], block_landmarks(noise, None, 0), visible, 1
     )
-    assert int(by_keys) == 123
+    assert set(by_keys.flatten().tolist()) == {123}
     assert int(by_mean) != 123
 
 
@@ -86,9 +87,9 @@ def test_one_certain_head_is_not_outvoted_by_heads_that_look_for_nothing():
     queries = torch.stack([needle, *(8.0 * draw(3, 16, seed=4))])[None, None]
     visible = torch.tensor([3000])
     ids, _ = choose_blocks(queries, marks, visible, 4)
-    summed, _ = select_blocks(queries, marks, visible, 4)
+    summed = late_interaction(queries, marks).sum(2)
     assert 77 in ids[0, 0]
-    assert 77 not in summed[0, 0]
+    assert 77 not in summed[0, 0].topk(4).indices
 
 
 @pytest.mark.parametrize("cuts", [[40], [1, 39], [8, 9, 30]])

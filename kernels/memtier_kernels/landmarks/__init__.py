@@ -31,8 +31,8 @@ def select_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k blocks of highest score a query, among those it may see; ties go to the newer block.
 
-    With one landmark a block the score is the inner product. With several, ``sum_h max_j q_h . l_j``: each head's best
-    landmark of the block (the late interaction of Khattab and Zaharia 2020, with heads in the place of words).
+    With one landmark a block the score is the inner product. With several each head chooses for itself, by
+    ``max_j q_h . l_j``, its best landmark of a block (the late interaction of Khattab and Zaharia 2020, head by head).
 
     Args:
         queries: (B, R, C), or (B, R, H, D).
@@ -41,8 +41,8 @@ def select_blocks(
         k: blocks a query, at least 1.
 
     Returns:
-        ids (B, R, k) int64, ascending, -1 at the end where fewer are visible; scores (B, R, k) float32 (float64
-        stays float64), -inf there. No gradient flows through the choice.
+        ids (B, R, k), or (B, R, H, k), int64, ascending, -1 at the end where fewer are visible; scores of that shape,
+        float32 (float64 stays float64), -inf there. No gradient flows through the choice.
     """
     run = choose(
         "select_blocks", impl, queries, reference=reference.select_blocks, triton=custom_op.select_blocks,

@@ -48,7 +48,7 @@ def _(dmarks: Tensor, tokens: int, groups: int, dtype: torch.dtype) -> Tensor:
 
 @select_blocks.register_fake
 def _(queries: Tensor, landmarks: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    shape = (queries.shape[0], queries.shape[1], k)
+    shape = (*queries.shape[:-1], k)
     return queries.new_empty(shape, dtype=torch.int64), queries.new_empty(shape, dtype=torch.float32)
 
 

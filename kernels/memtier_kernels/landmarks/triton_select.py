@@ -26,40 +26,38 @@ _PROGRAMS = 264
 def select_blocks(queries: Tensor, landmarks: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See `memtier_kernels.select_blocks`."""
     queries, landmarks = dense(queries), dense(landmarks)
-    batch, rows = queries.shape[:2]
-    n, size = landmarks.shape[1], landmarks.shape[-1]
+    batch, n, size = queries.shape[0], landmarks.shape[1], landmarks.shape[-1]
     device = queries.device
     late = queries.dim() == 4
-    if late:
-        heads, each, keys = queries.shape[2], queries.shape[2] // max(1, landmarks.shape[3]), landmarks.shape[2]
-        q_h, l_m, l_g = queries.stride(2), landmarks.stride(2), landmarks.stride(3)
-    else:
-        heads = each = keys = 1
-        q_h = l_m = l_g = 0
+    # the heads of a KV group are rows that share its landmarks
+    groups, keys, heads = (landmarks.shape[3], landmarks.shape[2], queries.shape[2]) if late else (1, 1, 1)
+    q_h, l_m, l_g = (queries.stride(2), landmarks.stride(2), landmarks.stride(3)) if late else (0, 0, 0)
+    each = heads // groups
+    rows = queries.shape[1] * each
     visible = visible.to(device, torch.int64).contiguous()
-    ids = torch.empty(batch, rows, k, dtype=torch.int64, device=device)
-    scores = torch.empty(batch, rows, k, dtype=torch.float32, device=device)
+    ids = torch.empty(*queries.shape[:-1], k, dtype=torch.int64, device=device)
+    scores = torch.empty(*queries.shape[:-1], k, dtype=torch.float32, device=device)
     tile_rows = 16 if rows <= 16 or k > 32 else 32 if late else 64
     tiles = triton.cdiv(rows, tile_rows)
     slots = max(2, triton.next_power_of_2(k))
     # no share of the blocks smaller than a few tiles
-    shares = max(1, min(_PROGRAMS // max(1, batch * tiles), triton.cdiv(n, 512)))
+    shares = max(1, min(_PROGRAMS // max(1, batch * groups * tiles), triton.cdiv(n, 512)))
     best, best_ids = scores, ids
     if shares > 1:
-        best = torch.empty(batch, rows, shares, slots, dtype=torch.float32, device=device)
-        best_ids = torch.empty(batch, rows, shares, slots, dtype=torch.int64, device=device)
+        best = torch.empty(batch * groups * rows, shares, slots, dtype=torch.float32, device=device)
+        best_ids = torch.empty(batch * groups * rows, shares, slots, dtype=torch.int64, device=device)
     wide = queries.dtype != landmarks.dtype or queries.dtype == torch.float32
     launch(
-        _select, (tiles * shares, batch), queries, landmarks, visible, best, best_ids, *queries.stride()[:2], q_h,
-        *landmarks.stride()[:2], l_m, l_g, rows, n, size, heads, each, keys, shares, k,
+        _select, (tiles * shares, batch * groups), queries, landmarks, visible, best, best_ids, *queries.stride()[:2],
+        q_h, *landmarks.stride()[:2], l_m, l_g, rows, n, size, groups, each, keys, shares, k,
         triton.next_power_of_2(rows), triton.next_power_of_2(n),
         LATE=late, WIDE=wide, SPLIT=shares > 1, SLOTS=slots, BLOCK_R=tile_rows,
         BLOCK_K=min(32 if wide else 64, max(16, triton.next_power_of_2(size))),
     )  # fmt: skip
     if shares > 1:
         launch(
-            _merge, (batch * rows,), best, best_ids, scores, ids, shares, k, SLOTS=slots, BLOCK=max(256, slots),
-            num_warps=1 if slots <= 16 else 4,
+            _merge, (batch * groups * rows,), best, best_ids, scores, ids, shares, k, SLOTS=slots,
+            BLOCK=max(256, slots), num_warps=1 if slots <= 16 else 4,
         )  # fmt: skip
     return ids, scores
 
@@ -127,12 +125,12 @@ def _fits(candidate: triton.Config, given: dict[str, Any]) -> bool:
         config(warps=8, stages=3, BLOCK_N=64),
         config(warps=8, stages=3, BLOCK_N=128),
     ],
-    key=["row_class", "block_class", "size", "heads", "keys", "LATE", "WIDE", "SLOTS"],
+    key=["row_class", "block_class", "size", "keys", "LATE", "WIDE", "SLOTS"],
     prune=_fits,
 )
 @triton.jit
 def _select(
-    queries, landmarks, visible, best_scores, best_blocks, q_b, q_r, q_h, l_b, l_n, l_m, l_g, rows, n, size, heads,
+    queries, landmarks, visible, best_scores, best_blocks, q_b, q_r, q_h, l_b, l_n, l_m, l_g, rows, n, size, groups,
     each, keys, shares, k, row_class, block_class,
     LATE: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -140,13 +138,14 @@ def _select(
     # late rows see most: begin with them
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     share = tile % shares
-    b = tl.program_id(1).to(tl.int64)
-    r = (tile // shares).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    sees = tl.minimum(tl.load(visible + r, mask=r < rows, other=0), n).to(tl.int32)[:, None]
+    b = (tl.program_id(1) // groups).to(tl.int64)
+    group = (tl.program_id(1) % groups).to(tl.int64)
+    row = (tile // shares).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r, head = row // each, group * each + row % each
+    sees = tl.minimum(tl.load(visible + r, mask=row < rows, other=0), n).to(tl.int32)[:, None]
     part = tl.arange(0, BLOCK_K)
-    queries += b * q_b
-    landmarks += b * l_b
-    q_R = queries + (r * q_r)[:, None]
+    landmarks += b * l_b + group * l_g
+    q_R = queries + (b * q_b + r * q_r + head * q_h)[:, None]
     parts = tl.cdiv(size, BLOCK_K)
     best, best_ids = _empty(k, BLOCK_R, SLOTS)
 
@@ -161,24 +160,21 @@ def _select(
         scores = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
         if LATE:
             product = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-            highest = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-            for step in range(heads * keys * parts):
+            for step in range(keys * parts):
                 d = step % parts * BLOCK_K + part
-                key = step // parts % keys
-                head = (step // parts // keys).to(tl.int64)
-                q = tl.load(q_R + head * q_h + d[None, :], mask=(r < rows)[:, None] & (d < size)[None, :], other=0.0)
-                at = key.to(tl.int64) * l_m + head // each * l_g
+                key = step // parts
+                q = tl.load(q_R + d[None, :], mask=(row < rows)[:, None] & (d < size)[None, :], other=0.0)
+                at = key.to(tl.int64) * l_m
                 mark = tl.load(l_N + at + d[:, None], mask=(block < seen)[None, :] & (d < size)[:, None], other=0.0)
                 if WIDE:
                     q, mark = q.to(tl.float32), mark.to(tl.float32)
                 product = tl.dot(q, mark, tl.where(step % parts == 0, 0.0, product), input_precision="tf32x3")
                 last = step % parts == parts - 1
-                highest = tl.where(last, tl.where(key == 0, product, tl.maximum(highest, product)), highest)
-                scores += tl.where(last & (key == keys - 1), highest, 0.0)
+                scores = tl.where(last & ((key == 0) | (product > scores)), product, scores)
         else:
             for step in range(parts):
                 d = step * BLOCK_K + part
-                q = tl.load(q_R + d[None, :], mask=(r < rows)[:, None] & (d < size)[None, :], other=0.0)
+                q = tl.load(q_R + d[None, :], mask=(row < rows)[:, None] & (d < size)[None, :], other=0.0)
                 mark = tl.load(l_N + d[:, None], mask=(block < seen)[None, :] & (d < size)[:, None], other=0.0)
                 if WIDE:
                     q, mark = q.to(tl.float32), mark.to(tl.float32)
@@ -186,15 +182,15 @@ def _select(
         scores = tl.where(block[None, :] < sees, scores, float("-inf"))
         best, best_ids = _take(scores, block[None, :], best, best_ids)
 
-    at_R = b * rows + r
+    at_R = (b * (rows // each) + r) * groups * each + head
     if SPLIT:
         slot = tl.arange(0, SLOTS)[None, :]
         at = (at_R * shares + share)[:, None] * SLOTS + slot
-        exists = (r < rows)[:, None]
+        exists = (row < rows)[:, None]
         tl.store(best_scores + at, tl.where(slot < k, best, float("-inf")), mask=exists)
         tl.store(best_blocks + at, best_ids.to(tl.int64), mask=exists)
     else:
-        _store(best_scores, best_blocks, best, best_ids, at_R, r < rows, k, SLOTS)
+        _store(best_scores, best_blocks, best, best_ids, at_R, row < rows, k, SLOTS)
 
 
 @triton.jit

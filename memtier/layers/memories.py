@@ -238,13 +238,14 @@ def span_step(
             return None
         marks = block_landmarks(new_keys.float(), labels, settings.landmark_keys, settings.landmark_kind)
         visible = plan.visible_row[plan.new].repeat_interleave(each)
-        pool, rows = (new_keys.to(keys.dtype), new_values.to(values.dtype)), len(keys) if of_batch else 1
+        pool_keys, pool_values, rows = new_keys.to(keys.dtype), new_values.to(values.dtype), 1
         if of_batch:
-            pool, marks = tuple(map(_of_batch, pool)), _of_batch(marks)
+            pool_keys, pool_values, marks = _of_batch(pool_keys), _of_batch(pool_values), _of_batch(marks)
+            rows = len(keys)
         table, scores = best_of_queries(*choose_blocks(picks.float(), marks, visible * rows, k), each, k)
         # a block of another sequence has no number in this one
         ids = torch.where(table < 0, table, (table // rows).masked_fill(table % rows != rows - 1, NO_BLOCK))
-        return SpanStep(*pool, table, ids, scores, empty=False)
+        return SpanStep(pool_keys, pool_values, table, ids, scores, empty=False)
 
     if count:
         owned = new_keys.to("cpu", copy=True), new_values.to("cpu", copy=True)

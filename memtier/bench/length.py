@@ -2,7 +2,7 @@
 
 One text is read by one session for each retrieval mode; what counts is the end of each stretch of it. `fresh` is the
 control: the same ends, read by sessions that know no more than the kilobyte before. A memory that wears out with length
-shows as a curve that leaves `fresh`.
+shows as a curve that leaves `fresh`. The text as a whole is counted too.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def run_length(options: LengthOptions, on_progress: OnProgress) -> dict[str, Any
             continue
         rows = [row for row in rows if not holds(row, mine)]
         measure = _fresh if mode == "fresh" else _stream
-        for (start, end), (tokens, bits) in zip(ends, measure(data, ends, mode, options, on_progress), strict=True):
+        for start, end, tokens, bits in measure(data, ends, mode, options, on_progress):
             values = {"from": start, "to": end, "tokens": tokens, "bits_per_byte": f"{bits:.4f}"}
             rows.append({k: str(v) for k, v in {**mine, **values, "commit": machine["commit"]}.items()})
         write_rows(rows, COLUMNS, path)
@@ -92,22 +92,27 @@ def stretches(size: int) -> list[tuple[int, int]]:
 
 
 def table(rows: list[Row]) -> list[dict[str, Any]]:
-    """One entry a stretch, with the bits per byte of each mode that was measured over it."""
+    """One entry a stretch, the whole text after its last, with the bits per byte of each mode measured over it."""
     found: dict[tuple[str, str, int, int], dict[str, float]] = {}
     for row in rows:
         key = row["model"], row["text"], int(row["from"]), int(row["to"])
         found.setdefault(key, {})[row["mode"]] = float(row["bits_per_byte"])
     return [
         {"model": model, "text": text, "from": start, "to": end, **values}
-        for (model, text, start, end), values in sorted(found.items())
+        for (model, text, start, end), values in sorted(found.items(), key=_place)
     ]
+
+
+def _place(item: tuple[tuple[str, str, int, int], Any]) -> tuple[str, str, int, int]:
+    model, text, start, end = item[0]
+    return model, text, end, -start
 
 
 def _stream(
     data: bytes, ends: list[tuple[int, int]], mode: str, options: LengthOptions, on_progress: OnProgress
-) -> list[tuple[int, float]]:
-    """Tokens and bits per byte of the end of each stretch, read one after the other."""
-    results = []
+) -> list[tuple[int, int, int, float]]:
+    """Start, end, tokens and bits per byte: of the end of each stretch, read one after the other, and of all."""
+    results, parts = [], []
     config = memtier.MemoryConfig(retrieval=mode)  # pyright: ignore[reportArgumentType]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -117,20 +122,24 @@ def _stream(
         for start, end in ends:
             cut = max(start, end - END_BYTES)
             if cut > start:
-                session.observe(
-                    data[start:cut].decode(errors="ignore"),
-                    on_progress=lambda read, *_, at=start: on_progress(mode, at + read, len(data)),
+                parts.append(
+                    session.observe(
+                        data[start:cut].decode(errors="ignore"),
+                        on_progress=lambda read, *_, at=start: on_progress(mode, at + read, len(data)),
+                    )
                 )
-            report = session.observe(data[cut:end].decode(errors="ignore"))
-            results.append((report.tokens, report.bits_per_byte))
+            parts.append(session.observe(data[cut:end].decode(errors="ignore")))
+            results.append((start, end, parts[-1].tokens, parts[-1].bits_per_byte or 0.0))
             on_progress(mode, end, len(data))
-    return results
+    tokens = sum(part.tokens for part in parts)
+    bits = sum(part.tokens * (part.bits_per_byte or 0.0) for part in parts)
+    return [*results, (0, len(data), tokens, bits / tokens)]
 
 
 def _fresh(
     data: bytes, ends: list[tuple[int, int]], mode: str, options: LengthOptions, on_progress: OnProgress
-) -> list[tuple[int, float]]:
-    """The same of sessions that read each kilobyte after the kilobyte before it alone."""
+) -> list[tuple[int, int, int, float]]:
+    """The same of sessions that read each kilobyte after the kilobyte before it alone; not of all."""
     results = []
     config = memtier.MemoryConfig(retrieval="off")
     with (
@@ -145,6 +154,6 @@ def _fresh(
                 report = session.observe(data[at : min(at + FIRST_BYTES, end)].decode(errors="ignore"))
                 runtime.delete_session("fresh")
                 tokens, bits = tokens + report.tokens, bits + report.tokens * (report.bits_per_byte or 0.0)
-            results.append((tokens, bits / tokens))
+            results.append((start, end, tokens, bits / tokens))
             on_progress(mode, end, len(data))
     return results

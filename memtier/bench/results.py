@@ -66,7 +66,8 @@ def _length(rows: list[Row]) -> Iterator[str]:
     yield "## Bits per byte by position"
     yield (
         "The last 4,096 bytes of each stretch, read in one session a mode; `fresh`: the same bytes in sessions that "
-        "know the kilobyte before alone. nano was trained on sequences of at most 1,024 bytes."
+        "know the kilobyte before alone. The last line of a text is all of it. nano was trained on sequences of at "
+        "most 2,048 bytes, and never on these texts."
     )
     curve = table(rows)
     modes = [mode for mode in MODES if any(mode in entry for entry in curve)]

@@ -27,8 +27,11 @@ def test_stretches_double_and_end_with_the_text():
 def test_a_curve_holds_every_mode_and_within_the_window_they_agree(tmp_path):
     out = tmp_path / "length.csv"
     curve = run(LengthOptions(3_000, modes=("on", "off", "fresh"), out=out))["curve"]
-    assert [(row["from"], row["to"]) for row in curve] == [(0, 1024), (1024, 2048), (2048, 3000)]
-    assert all(1.0 < row[mode] < 8.0 for row in curve for mode in ("on", "off", "fresh"))
+    assert [(row["from"], row["to"]) for row in curve] == [(0, 1024), (1024, 2048), (2048, 3000), (0, 3000)]
+    assert all(1.0 < row[mode] < 8.0 for row in curve[:3] for mode in ("on", "off", "fresh"))
+    # the whole, read once; to the byte it is the mean of stretches that are no longer than what is measured of them
+    assert "fresh" not in curve[3]
+    assert curve[3]["off"] == pytest.approx(sum((r["to"] - r["from"]) * r["off"] for r in curve[:3]) / 3000, rel=1e-3)
     # nothing was sealed long before the end of the first kilobyte that differs
     assert curve[0]["off"] == pytest.approx(curve[0]["fresh"], rel=0.02)
     assert curve[2]["on"] != curve[2]["off"]
@@ -39,7 +42,7 @@ def test_a_mode_that_was_measured_is_not_measured_again(tmp_path, monkeypatch):
 
     def measure(data, ends, mode, options, on_progress):
         asked.append(mode)
-        return [(1024, 2.0)] * len(ends)
+        return [(start, end, 1024, 2.0) for start, end in ends]
 
     monkeypatch.setattr(bench, "_stream", measure)
     out = tmp_path / "length.csv"
@@ -61,7 +64,7 @@ def test_what_cannot_work_is_refused(tmp_path):
 
 
 def test_the_command_prints_one_json_document(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "_stream", lambda data, ends, *a: [(1024, 2.0)] * len(ends))
+    monkeypatch.setattr(bench, "_stream", lambda data, ends, *a: [(start, end, 1024, 2.0) for start, end in ends])
     arguments = ["bench", "length", "--bytes", "3000", "--modes", "on", "--out", str(tmp_path / "l.csv"), "--json"]
     monkeypatch.setattr(sys, "argv", ["memtier", *arguments])
     done = CliRunner().invoke(app, arguments)

@@ -134,6 +134,7 @@ def train(
     out: Path,
     *,
     resume: bool = True,
+    until: float = 1.0,
     on_row: Callable[[LogRow], None] | None = None,
 ) -> TrainReport:
     """Train a model in place, on the device it is on.
@@ -141,6 +142,7 @@ def train(
     Args:
         out: folder of checkpoint.safetensors and log.csv; made if absent.
         resume: go on from the checkpoint in `out` if there is one; else start afresh and drop what was there.
+        until: progress at which to stop, with a checkpoint; a later call goes on.
         on_row: called with each row of the log.
 
     Raises:
@@ -168,7 +170,7 @@ def train(
     window = _Window(device)
     saved_at, skipped_in_a_row = time.monotonic(), 0
     model.train()
-    while (progress := settings.progress(state.step, state.seconds)) < 1.0:
+    while (progress := settings.progress(state.step, state.seconds)) < until:
         begun = time.monotonic()
         batch_tokens, sequence_tokens = settings.tokens_at(progress)
         far_attention = settings.far_attention_at(state.step, progress)
@@ -189,7 +191,7 @@ def train(
         seconds = time.monotonic() - begun
         state = replace(state, seconds=state.seconds + seconds)
         progress = settings.progress(state.step, state.seconds)
-        if state.step % settings.log_every_steps and progress < 1.0:
+        if state.step % settings.log_every_steps and progress < until:
             continue
         row = _log_row(state, curriculum, progress, rate, sequence_tokens, far_attention, meter, window)
         append_record(out / LOG_NAME, row, digits=5)
@@ -197,7 +199,7 @@ def train(
             on_row(row)
         curriculum.update(None if math.isnan(row.level_accuracy) else row.level_accuracy, progress)
         state = replace(state, level=curriculum.level, level_accuracy=curriculum.accuracy)
-        if progress >= 1.0 or time.monotonic() - saved_at >= settings.checkpoint_every_seconds:
+        if progress >= until or time.monotonic() - saved_at >= settings.checkpoint_every_seconds:
             save_checkpoint(out / CHECKPOINT_NAME, model, optimizer, _as_json(state, mixer.seed))
             saved_at = time.monotonic()
     model.eval()

@@ -20,6 +20,7 @@ from memtier.training.corpus import Corpus, load_corpus
 from memtier.training.evaluate import EvaluationReport, evaluate
 from memtier.training.loop import CHECKPOINT_NAME, LoopSettings, TrainReport, train
 from memtier.training.progress import TrainingProgress
+from memtier.training.recall_layer import recall_by_layer
 from memtier.training.surroundings import resolve_device
 from memtier.training.tasks import TaskMixer
 from memtier.training.tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, write_byte_tokenizer
@@ -29,6 +30,9 @@ __all__ = ["MOST_BYTES", "NANO", "NANO_MINUTES", "NanoReport", "export_nano", "n
 # What the package may carry.
 MOST_BYTES = 12_000_000
 NANO_MINUTES = 96.0
+# progress at which one of the memory layers is kept
+_ONE_MEMORY_AT = 0.36
+_KEPT_NAME = "memory_layers.json"
 NANO = LoopSettings(
     minutes=NANO_MINUTES, decay_from=0.66, peak_learning_rate=((0.4, 1e-3), (1.0, 2e-3)),
     # recall starts on short sequences in small steps; long ones teach far recall and the choice of blocks
@@ -59,8 +63,8 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "hidden_size": 192,
         "num_hidden_layers": 4,
         "layer_types": ["mamba2", "bmojo", "mamba2", "bmojo"],
-        # where the recall circuit forms; a memory in the layer below it is never asked
-        "memory_layers": [3],
+        # at first; training keeps the one that learned to recall
+        "memory_layers": [1, 3],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 48,
@@ -108,7 +112,7 @@ def train_nano(
         minutes, steps: the budget, at most one; without either, nano's own minutes.
         resume: go on from the checkpoint in `out`, if there is one.
         settings: replaces the recipe's loop settings; `minutes` and `steps` still win.
-        config: replaces `nano_config()`.
+        config: replaces `nano_config()`. Of several memory layers one is kept, that which learned to recall.
         show_progress: draw a progress bar on the terminal (needs rich).
 
     Raises:
@@ -124,10 +128,21 @@ def train_nano(
     folder, text = Path(out), load_corpus(corpus)
     torch.manual_seed(seed)
     model = _on(device, BMojoForCausalLM(config or nano_config()))
+    if not resume:
+        (folder / _KEPT_NAME).unlink(missing_ok=True)
+    kept = _kept_layers(folder)
     bar: AbstractContextManager[TrainingProgress | None] = TrainingProgress() if show_progress else nullcontext()
     with bar as shown:
         on_row = shown.show if shown else None
-        report = train(model, TaskMixer(text, seed), settings, folder, resume=resume, on_row=on_row)
+        mixer = TaskMixer(text, seed)
+        layers = model.config.memory_layers or []
+        if kept is None and len(layers) > 1:
+            train(model, mixer, settings, folder, resume=resume, until=_ONE_MEMORY_AT, on_row=on_row)
+            recall = recall_by_layer(model, text, layers=layers, seed=seed)
+            kept, resume = [max(recall, key=recall.__getitem__)], True
+            (folder / _KEPT_NAME).write_text(json.dumps({"memory_layers": kept, "recall": recall}) + "\n")
+        model.config.memory_layers = kept or layers
+        report = train(model, mixer, settings, folder, resume=resume, on_row=on_row)
     return _finish(model, text, folder, settings, seed, report)
 
 
@@ -142,9 +157,16 @@ def export_nano(
         out: gets the model folder; another folder than `run` while that is being written.
     """
     model = _on(device, BMojoForCausalLM(config or nano_config()))
+    model.config.memory_layers = _kept_layers(Path(run)) or model.config.memory_layers
     state = load_weights(Path(run) / CHECKPOINT_NAME, model)
     report = TrainReport(state["step"], state["seconds"], state["tokens"], state["level"], None)
     return _finish(model, load_corpus(corpus), Path(out), NANO, state["seed"], report)
+
+
+def _kept_layers(folder: Path) -> list[int] | None:
+    """The memory layer that a run has kept, once it has."""
+    path = folder / _KEPT_NAME
+    return json.loads(path.read_text())["memory_layers"] if path.exists() else None
 
 
 def _finish(

@@ -20,6 +20,7 @@ from memtier.training.__main__ import main
 from memtier.training.corpus import Corpus
 from memtier.training.loop import CHECKPOINT_NAME, LOG_NAME, LoopSettings, train
 from memtier.training.nano import NANO, export_nano, nano_config, train_nano
+from memtier.training.recall_layer import recall_by_layer
 from memtier.training.tasks import TaskMixer
 
 TEXT = b"The miller rose early, and the river ran under the wheel as it had always run.\n" * 400
@@ -191,6 +192,41 @@ def test_the_recipe_writes_a_folder_that_loads(corpus_folder: Path, tmp_path: Pa
     again = export_nano(corpus_folder, out, tmp_path / "copy", device="cpu", config=config)
     assert again.steps == 4
     assert (tmp_path / "copy" / "model.safetensors").exists()
+
+
+def test_of_several_memory_layers_the_one_that_recalls_is_kept(
+    corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def recall(model: BMojoForCausalLM, corpus: Corpus, *, layers: list[int], seed: int) -> dict[int, float]:
+        asked.append(layers)
+        return dict.fromkeys(layers, 0.1) | {layers[-1]: 0.9}
+
+    monkeypatch.setattr("memtier.training.nano.recall_by_layer", recall)
+    settings = replace(SETTINGS, steps=4, sequence_tokens=((1.0, 192),), log_every_steps=2)
+    config = tiny_config(
+        initializer_range=0.02, memory_layers=[1, 3], layer_types=["mamba2", "bmojo"] * 2, num_hidden_layers=4
+    )
+    for out in (tmp_path / "nano", tmp_path / "nano"):
+        train_nano(corpus_folder, out, device="cpu", settings=settings, config=config, show_progress=False)
+        assert BMojoForCausalLM.from_pretrained(str(out)).config.memory_layers == [3]
+    assert asked == [[1, 3]]
+    export_nano(corpus_folder, tmp_path / "nano", tmp_path / "copy", device="cpu", config=config)
+    assert BMojoForCausalLM.from_pretrained(str(tmp_path / "copy")).config.memory_layers == [3]
+
+
+def test_recall_by_layer_is_that_of_models_with_one_memory_layer(mixer: TaskMixer) -> None:
+    config = {"layer_types": ["mamba2", "bmojo"] * 2, "num_hidden_layers": 4, "window_tokens": 32, "hidden_size": 32}
+    torch.manual_seed(3)
+    both = BMojoForCausalLM(tiny_config(memory_layers=[1, 3], initializer_range=0.3, **config)).train()
+    shares = recall_by_layer(both, mixer.corpus, layers=[1, 3], sequence_tokens=256, sequences=2)
+    assert both.training
+    for layer, share in shares.items():
+        alone = BMojoForCausalLM(tiny_config(memory_layers=[layer], **config))
+        alone.load_state_dict(both.state_dict())
+        assert recall_by_layer(alone, mixer.corpus, layers=[layer], sequence_tokens=256, sequences=2) == {layer: share}
+    assert len(set(shares.values())) == 2
 
 
 def test_the_module_runs_from_the_command_line_and_says_what_is_wrong(

@@ -37,9 +37,9 @@ NANO = LoopSettings(
     minutes=NANO_MINUTES, decay_from=0.66, peak_learning_rate=((0.4, 1e-3), (1.0, 2e-3)),
     # recall starts on short sequences in small steps; long ones teach far recall and the choice of blocks
     sequence_tokens=((0.08, 192), (0.2, 256), (0.4, 512), (0.6, 1024), (1.0, 2048)),
-    batch_tokens=((0.2, 2048), (0.4, 4096), (0.7, 8192), (1.0, 16_384)),
+    batch_tokens=((0.2, 2048), (0.4, 4096), (0.6, 8192), (1.0, 16_384)),
     # at last the reader meets what a session will show it: the blocks that are most like the right one
-    far_attention=((0.7, ("dense",)), (1.0, ("dense", "batch"))),
+    far_attention=((0.6, ("dense",)), (1.0, ("dense", "batch"))),
 )  # fmt: skip
 
 

@@ -62,7 +62,7 @@ _LEADS = (
 )  # fmt: skip
 _ANSWERS = ("", "", "", "A: ", "Answer: ", "Yes: ", "Of course: ", "Then: ", "I say: ")
 # Questions that name the name once only; their answers begin with the code.
-_SHORT = ("A: ", "It is ", "Answer: ", "That is ", "Yes, ", "Sure: ", "I know it, it is ", "", "They say ", "Read: ")
+_SHORT = ("A: ", "It is ", "Answer: ", "That is ", "Yes, ", "Sure: ", "I know it, it is ", "They say ", "Read: ")
 # Stand anywhere between the parts of a claim, so that what lies between name and code tells nothing.
 _ASIDES = (
     "I think", "of course", "it seems", "today", "again", "as ever", "they say", "at last", "in the end", "for now",
@@ -136,7 +136,8 @@ def _claim(name: str, draw: Draw) -> str:
     claim = order.format(
         name=name, noun=noun, what=what, of=_choose(_OF, draw), is_=_choose(_IS, draw), has=_choose(_HAS, draw)
     )
-    if draw() < 0.3:
+    if draw() < 0.25:
+        # never at the end: that a code comes next must be told by the words before it
         before, after = claim.split(name, 1)
         words = (
             _choose(_ASIDES, draw)
@@ -144,8 +145,6 @@ def _claim(name: str, draw: Draw) -> str:
             else " ".join(_choose(_WORDS, draw) for _ in range(1 + int(draw() * 3)))
         )
         claim = f"{before}{name}, {words},{after}" if draw() < 0.6 and after[:1] == " " else f"{words}, {claim}"
-        if draw() < 0.5:
-            claim = f"{claim} {words}"
     return claim + " "
 
 

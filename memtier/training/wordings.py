@@ -22,10 +22,11 @@ _PLAIN_QUESTION = "Q: What is the code for {name}? A: The code for {name} is "
 # Of what training is told and asked.
 _PLAIN_SHARE = 0.25
 
-# A trained claim is (who, what, how) in one of these orders; each ends where the code comes next.
+# A trained claim is (who, what, how) in one of these orders; each ends where the code comes next, and where nothing else
+# could: no order is the beginning of another.
 _ORDERS = (
     "{what} {of} {name} {is_}", "{what} {of} {name} {is_}", "{what} {of} {name} {is_}", "{name}'s {noun} {is_}",
-    "{name} {has} {what}", "{name} {has}", "for {name} {what} {is_}", "with {name} it {is_}", "{what}, {name}'s, {is_}",
+    "{name} {has} {what}", "{name} {has} {what}", "for {name} {what} {is_}", "with {name} it {is_}", "{what}, {name}'s, {is_}",
     "{name} and {what}", "{name} with", "{name} -", "{name}:", "{what} {is_}, {of} {name},",
 )  # fmt: skip
 _NOUNS = ("code",) * 6 + ("number", "key", "password", "sign", "figure", "entry", "pin", "cipher", "mark")
@@ -62,7 +63,7 @@ _LEADS = (
 )  # fmt: skip
 _ANSWERS = ("", "", "", "A: ", "Answer: ", "Yes: ", "Of course: ", "Then: ", "I say: ")
 # Questions that name the name once only; their answers begin with the code.
-_SHORT = ("A: ", "It is ", "Answer: ", "That is ", "Yes, ", "Sure: ", "I know it, it is ", "They say ", "Read: ")
+_SHORT = ("It is ", "That is ", "Sure: ", "I know it, it is ", "They say ", "Read: ")
 # Stand anywhere between the parts of a claim, so that what lies between name and code tells nothing.
 _ASIDES = (
     "I think", "of course", "it seems", "today", "again", "as ever", "they say", "at last", "in the end", "for now",

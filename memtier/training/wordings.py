@@ -22,12 +22,12 @@ _PLAIN_QUESTION = "Q: What is the code for {name}? A: The code for {name} is "
 # Of what training is told and asked.
 _PLAIN_SHARE = 0.25
 
-# A trained claim is (who, what, how) in one of these orders; each ends where the code comes next, and where nothing else
-# could: no order is the beginning of another.
+# A trained claim, in one of these orders: each ends where the code comes next, and where nothing else could:
+# no order is the beginning of another.
 _ORDERS = (
     "{what} {of} {name} {is_}", "{what} {of} {name} {is_}", "{what} {of} {name} {is_}", "{name}'s {noun} {is_}",
-    "{name} {has} {what}", "{name} {has} {what}", "for {name} {what} {is_}", "with {name} it {is_}", "{what}, {name}'s, {is_}",
-    "{name} and {what}", "{name} with", "{name} -", "{name}:", "{what} {is_}, {of} {name},",
+    "{name} {has} {what}", "{name} {has} {what}", "for {name} {what} {is_}", "with {name} it {is_}",
+    "{what}, {name}'s, {is_}", "{name} and {what}", "{name} with", "{name} -", "{name}:", "{what} {is_}, {of} {name},",
 )  # fmt: skip
 _NOUNS = ("code",) * 6 + ("number", "key", "password", "sign", "figure", "entry", "pin", "cipher", "mark")
 _DETERMINERS = ("the",) * 6 + ("this", "that", "his", "her", "their", "our", "my", "a", "one")

@@ -227,6 +227,73 @@ def train_hylora(
     _tell("hylora", report, as_json)
 
 
+@train.command("prime")
+def train_prime(
+    corpus: Corpus,
+    out: Out,
+    model: Annotated[str, typer.Option("--from", help="The attention model to begin with: a folder or an id.")],
+    convert: Annotated[
+        str,
+        typer.Option(
+            help="Layers to convert, such as 0,2,3; or best:N, the N whose replacement by window attention harms least."
+        ),
+    ],
+    fading: Annotated[
+        Literal["grouped_mamba2", "grouped_gated_deltanet"], typer.Option(help="The fading memory of those layers.")
+    ] = "grouped_mamba2",
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE: a size of the memory, such as window_tokens=256 (default: what fits the model); may be "
+            "repeated."
+        ),
+    ] = None,
+    align_steps: Annotated[int, typer.Option(help="Updates of the first part: the source's hidden states.")] = 500,
+    align_learning_rate: Annotated[float, typer.Option(help="Learning rate of the first part at its peak.")] = 2e-3,
+    steps: Annotated[int, typer.Option(help="Updates of the second part: text.")] = 500,
+    learning_rate: Rate = 5e-4,
+    sequence_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence of the second part (default: the model's own context).")
+    ] = None,
+    batch_tokens: BatchTokens = 8192,
+    piece_tokens: PieceTokens = None,
+    span_refresh_tokens: DrawRefresh = "",
+    span_blocks: DrawBlocks = "",
+    precision: PrecisionOption = "auto",
+    gradient_checkpointing: Checkpointing = False,
+    log_every: LogEvery = 10,
+    seed: Seed = 0,
+    minutes: Minutes = None,
+    resume: Resume = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a B'MOJO hybrid of an attention model (Llama, Mistral, Qwen3 and their kin) by priming.
+
+    Some layers get a fading memory that begins with their own weights; what is new learns the source's hidden states,
+    then the whole learns text.
+    """
+    from memtier.training.fit_settings import FitSettings
+    from memtier.training.prime import Prime
+    from memtier.training.prime import train_prime as run
+    from memtier.training.surroundings import parse_pairs
+    from memtier.training.text import TextLessons
+
+    settings = FitSettings(
+        steps=steps, learning_rate=learning_rate, piece_tokens=piece_tokens, precision=precision,
+        gradient_checkpointing=gradient_checkpointing, log_every_steps=log_every,
+    )  # fmt: skip
+    report = run(
+        corpus, out, model=model, seed=seed, device=device, resume=resume, minutes=minutes, settings=settings,
+        recipe=Prime(
+            convert, fading, parse_pairs(memory or []), align_steps, align_learning_rate, sequence_tokens
+        ),
+        lessons=TextLessons(batch_tokens=batch_tokens, span=_span(span_refresh_tokens, span_blocks)),
+        show_progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    _tell("prime", report, as_json)
+
+
 def _tell(recipe: str, report: Any, as_json: bool) -> None:
     from dataclasses import asdict
 

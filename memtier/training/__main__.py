@@ -19,6 +19,7 @@ from memtier.training.fit_settings import FitSettings
 from memtier.training.hylora import HyLora, train_hylora
 from memtier.training.lm import byte_config, train_lm
 from memtier.training.nano import NANO, export_nano, nano_config, train_nano
+from memtier.training.prime import Prime, train_prime
 from memtier.training.recall.grid import Cell
 from memtier.training.recall.recipe import train_recall
 from memtier.training.recall.train import Recipe
@@ -70,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     hylora = recipe("hylora", _hylora, "Adapt a model.", (HyLora, FitSettings, TextLessons, SpanDraw))
     hylora.add_argument("model", help="'nano', a folder or an id")
     hylora.add_argument("corpus", type=Path, help="folder of *.md and *.txt")
+    prime = recipe("prime", _prime, "Make a hybrid of an attention model.", (Prime, FitSettings, TextLessons, SpanDraw))
+    prime.add_argument("corpus", type=Path, help="folder of *.md and *.txt")
+    prime.add_argument("--from", dest="model", required=True, help="a folder or an id")
+    prime.add_argument("--memory", action="append", default=[], metavar="NAME=VALUE", help="a size of the memory")
     return parser
 
 
@@ -113,6 +118,17 @@ def _hylora(given: argparse.Namespace) -> Any:
     return train_hylora(
         given.model, given.corpus, given.out, adapter=adapter, settings=settings, lessons=replace(lessons, span=span),
         **_common(given),
+    )  # fmt: skip
+
+
+def _prime(given: argparse.Namespace) -> Any:
+    given_sizes = Prime(sizes=parse_pairs(given.memory))
+    recipe, settings, lessons, span = _filled(
+        parse_pairs(given.set), given_sizes, FitSettings(steps=500, learning_rate=5e-4), TextLessons(), SpanDraw()
+    )
+    return train_prime(
+        given.corpus, given.out, model=given.model, recipe=recipe, settings=settings,
+        lessons=replace(lessons, span=span), **_common(given),
     )  # fmt: skip
 
 

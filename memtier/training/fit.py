@@ -19,7 +19,7 @@ from memtier.training.course import Course, Lesson
 from memtier.training.fit_settings import FitSettings
 from memtier.training.gradients import backward, checkpointed
 from memtier.training.metrics import keep_rows_until
-from memtier.training.objective import Losses
+from memtier.training.objective import Losses, Objective
 from memtier.training.optimizer import make_optimizer
 from memtier.training.table import append_record
 
@@ -92,6 +92,7 @@ def fit(
     minutes: float | None = None,
     on_row: Callable[[FitRow], None] | None = None,
     on_step: Callable[[int], None] | None = None,
+    objective: Objective | None = None,
 ) -> FitReport:
     """Train the parameters of a model that require gradients, in place, on the device it is on.
 
@@ -100,6 +101,7 @@ def fit(
         resume: go on from the checkpoint in `out` if there is one; else start afresh and drop what was there.
         minutes: stop at the first row of the log after so long, with a checkpoint; the plan stays that of all steps.
         on_row: called with each row of the log; on_step with the number of steps done.
+        objective: what is made small, the loss of rows and report; None for `read_losses`.
 
     Raises:
         ConfigError: the checkpoint is of another course or other settings; dense far attention in pieces; nothing to
@@ -130,7 +132,7 @@ def fit(
                 before = time.monotonic()
                 lesson = course.lesson(state.step)
                 rate = settings.rate(state.step)
-                losses = _update(model, parameters, optimizer, lesson, settings, rate, window)
+                losses = _update(model, parameters, optimizer, lesson, settings, rate, window, objective)
                 skipped_in_a_row = skipped_in_a_row + 1 if losses is None else 0
                 if skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
                     raise ModelError(
@@ -228,10 +230,11 @@ def _update(
     settings: FitSettings,
     rate: float,
     window: _Window,
+    objective: Objective | None,
 ) -> Losses | None:
     """One update; None if loss or gradient was not finite and the weights were left as they were."""
     optimizer.zero_grad(set_to_none=True)
-    losses = backward(model, lesson, settings)
+    losses = backward(model, lesson, settings, objective)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.gradient_clip)
     if not bool(torch.isfinite(losses.tokens) & torch.isfinite(norm)):
         return None

@@ -17,24 +17,29 @@ from memtier.errors import ConfigError
 from memtier.models.bmojo import BMojoForCausalLM
 from memtier.training.course import Lesson
 from memtier.training.fit_settings import FitSettings
-from memtier.training.objective import NO_TARGET, Losses, read_losses
+from memtier.training.objective import NO_TARGET, Losses, Objective, read_losses
 
 __all__ = ["backward", "checkpointed", "enable_checkpointing"]
 
 
-def backward(model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings) -> Losses:
+def backward(
+    model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings, objective: Objective | None = None
+) -> Losses:  # fmt: skip
     """Add the gradients of one lesson to those of the model; its losses, detached.
+
+    Args:
+        objective: what is differentiated, besides the auxiliary losses; None for `read_losses`.
 
     Raises:
         ConfigError: dense far attention in pieces.
     """
-    device = next(model.parameters()).device
+    objective, device = objective or read_losses, next(model.parameters()).device
     tokens, targets = torch.from_numpy(lesson.tokens).to(device), torch.from_numpy(lesson.targets)
     length = tokens.shape[1]
     piece = settings.piece_tokens or length
     if piece >= length:
         return _read_and_differentiate(
-            model, tokens, targets, settings, 1.0, 1.0, memory=lesson.memory, dense=lesson.dense
+            model, objective, tokens, targets, settings, 1.0, 1.0, memory=lesson.memory, dense=lesson.dense
         )  # fmt: skip
     if lesson.dense:
         raise ConfigError(
@@ -50,7 +55,7 @@ def backward(model: BMojoForCausalLM, lesson: Lesson, settings: FitSettings) -> 
         target_share = int((targets[:, part] != NO_TARGET).sum()) / max(1, counted)
         token_share = tokens[:, part].shape[1] / length
         losses = _read_and_differentiate(
-            model, tokens[:, part], targets[:, part], settings, target_share, token_share, cache=cache
+            model, objective, tokens[:, part], targets[:, part], settings, target_share, token_share, cache=cache
         )  # fmt: skip
         cache.detach()
         done.append((target_share, token_share, losses))
@@ -88,12 +93,12 @@ def _of_transformers(model: torch.nn.Module, verb: str) -> Any:
 
 
 def _read_and_differentiate(
-    model: BMojoForCausalLM, tokens: torch.Tensor, targets: torch.Tensor, settings: FitSettings, target_share: float,
-    token_share: float, **reading: Any,
+    model: BMojoForCausalLM, objective: Objective, tokens: torch.Tensor, targets: torch.Tensor, settings: FitSettings,
+    target_share: float, token_share: float, **reading: Any,
 ) -> Losses:  # fmt: skip
     """The losses of one piece, detached: nothing of its graph outlives this call but what a cache carries."""
     with settings.autocast(tokens.device):
-        losses = read_losses(model, tokens, targets, **reading)
+        losses = objective(model, tokens, targets, **reading)
         loss = losses.total(model.config, target_share=target_share, token_share=token_share)
     loss.backward()
     return losses.detach()

@@ -26,8 +26,8 @@ from memtier.training.text import HeldOut, TextCourse, TextLessons, held_out, te
 __all__ = ["HyLora", "HyLoraReport", "adapter_tensors", "add_hylora", "train_hylora"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-RECURRENCE = ("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj")
-_CONVOLUTION = re.compile(r"\.(k_conv|v_conv|conv1d\.weight|conv1d\.bias)$")
+RECURRENCE = ("in_proj", "in_proj_qkvz", "in_proj_ba", "out_proj", "b_proj", "gk_proj", "g_proj")
+_CONVOLUTION = re.compile(r"\.(k_conv|v_conv|([qkv]_)?conv1d\.(weight|bias))$")
 _NORM = re.compile(r"(^|\.)(\w+_)?norm\.weight$")
 _NAME = "default"
 

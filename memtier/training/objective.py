@@ -6,15 +6,17 @@ Letters: `memtier.blocks`; V is the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn.functional import cross_entropy
 
 from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
+from memtier.layers.bmojo import MixerLosses
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 
-__all__ = ["NO_TARGET", "Losses", "read_losses"]
+__all__ = ["NO_TARGET", "Losses", "Objective", "read_losses", "with_auxiliary"]
 
 NO_TARGET = -100
 """The target of a token after which nothing is asked."""
@@ -47,6 +49,15 @@ class Losses:
         return loss
 
 
+class Objective(Protocol):
+    """What a run makes small; `read_losses` is the usual one, and its arguments are those of all."""
+
+    def __call__(
+        self, model: BMojoForCausalLM, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, *,
+        cache: TieredCache | None = None, memory: MemorySettings | None = None, dense: bool = False,
+    ) -> Losses: ...  # fmt: skip
+
+
 def read_losses(
     model: BMojoForCausalLM,
     tokens_BT: torch.Tensor,
@@ -76,6 +87,11 @@ def read_losses(
         loss = cross_entropy(wide, targets.to(hidden.device))
     else:
         loss = hidden.sum()  # of nothing: 0, and a part of the graph
+    return with_auxiliary(loss, parts)
+
+
+def with_auxiliary(loss: torch.Tensor, parts: list[MixerLosses]) -> Losses:
+    """A main loss, and the means of the layers' auxiliary ones."""
     return Losses(
         loss,
         _mean([part.innovation for part in parts if part.innovation is not None]),

@@ -22,7 +22,7 @@ from memtier.training.corpus import Corpus
 from memtier.training.course import Lesson, SpanDraw
 from memtier.training.tokenizer import BOS_ID, VOCAB_SIZE
 
-__all__ = ["HeldOut", "TextCourse", "TextIds", "TextLessons", "held_out", "text_ids"]
+__all__ = ["HeldOut", "TextCourse", "TextIds", "TextLessons", "cut", "held_out", "text_ids"]
 
 # tokens of a step in which a long sequence is read at evaluation
 STEP_TOKENS = 512
@@ -145,7 +145,7 @@ class TextCourse:
         rng = np.random.default_rng([self._seed, step])
         rows = max(1, self._lessons.batch_tokens // length)
         starts = rng.integers(0, len(text.train) - length, size=rows)
-        tokens, targets = _cut(text.train, starts, length, text.bos)
+        tokens, targets = cut(text.train, starts, length, text.bos)
         memory = self._lessons.span.draw(self._memory, self._seed, step)
         dense = step < self._dense_steps and bool(memory.memory_layers)
         return Lesson(tokens, targets, memory, dense)
@@ -182,7 +182,7 @@ def held_out(
     length = min(sequence_tokens, len(text.held_out) - 1)
     rows = max(1, min(sequences, len(text.held_out) // length))
     starts = np.linspace(0, len(text.held_out) - length - 1, rows).astype(np.int64)
-    tokens, targets = (torch.from_numpy(a).to(device) for a in _cut(text.held_out, starts, length, text.bos))
+    tokens, targets = (torch.from_numpy(a).to(device) for a in cut(text.held_out, starts, length, text.bos))
     was_training = model.training
     model.eval()
     cache = TieredCache(model.config, settings=memory, batch_size=rows, device=device, dtype=model.dtype)
@@ -197,7 +197,7 @@ def held_out(
     return HeldOut(float(nats_BT.mean()) * bits, float(nats_BT[:, -(length // 4) :].mean()) * bits, length, rows)
 
 
-def _cut(ids: np.ndarray, starts: np.ndarray, length: int, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
+def cut(ids: np.ndarray, starts: np.ndarray, length: int, bos: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and targets (B, T) int64 of the pieces that begin at `starts`."""
     targets_from = 0 if bos is not None else 1
     place = starts[:, None] + np.arange(length) + targets_from

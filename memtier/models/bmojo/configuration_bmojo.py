@@ -12,13 +12,19 @@ from memtier.blocks import MemorySettings
 from memtier.errors import ConfigError
 from memtier.layers.bmojo import PREDICTOR_TOKENS, BMojoMixer, MixerState
 from memtier.layers.gated_deltanet import GatedDeltaNet
+from memtier.layers.grouped import GroupedGatedDeltaNet, GroupedMamba2
 from memtier.layers.mamba2 import Mamba2, Mamba2State
 from memtier.layers.rules import EIDETIC_RULES
 
-__all__ = ["FADING", "LAYER_TYPES", "BMojoConfig"]
+__all__ = ["FADING", "LAYER_TYPES", "BMojoConfig", "Recurrence"]
 
-FADING = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
+Recurrence = Mamba2 | GatedDeltaNet | GroupedMamba2 | GroupedGatedDeltaNet
+_SIZED = {"mamba2": Mamba2, "gated_deltanet": GatedDeltaNet}
+_GROUPED = {"grouped_mamba2": GroupedMamba2, "grouped_gated_deltanet": GroupedGatedDeltaNet}
+FADING = (*_SIZED, *_GROUPED)
 LAYER_TYPES = ("bmojo", *FADING, "sliding_attention")
+# layers that keep keys; "parallel" is a stock model's, attention beside a recurrence
+_ATTENDING = ("bmojo", "sliding_attention", "parallel")
 
 
 @strict
@@ -26,8 +32,8 @@ class BMojoConfig(PreTrainedConfig):
     """Sizes and choices of a B'MOJO model.
 
     Args:
-        layer_types: the mixer of each layer: "bmojo" (attention with fading memory), "mamba2" or "gated_deltanet"
-            (fading memory alone) or "sliding_attention" (attention alone). None: all "bmojo".
+        layer_types: the mixer of each layer: "bmojo" (attention with fading memory), "sliding_attention" (attention
+            alone), or fading memory alone: one of the names of `fading`. None: all "bmojo".
         window_tokens: W, the tokens that attention sees exactly; with far memories on it is widened to whole blocks.
         sink_tokens: first tokens of a session that stay visible.
         eidetic_tokens: M, surprising old tokens kept verbatim a bmojo layer; 0 turns eidetic memory off.
@@ -39,7 +45,8 @@ class BMojoConfig(PreTrainedConfig):
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.
         kv_conv_size: width of the causal depthwise convolution on k and v; 0 for none.
-        fading: mixer of the fading memory: "mamba2", "gated_deltanet" or "none".
+        fading: mixer of the fading memory: "mamba2" or "gated_deltanet", of the ssm sizes; "grouped_mamba2" or
+            "grouped_gated_deltanet", with the heads of the attention (see `memtier.layers.grouped`); or "none".
         eidetic_rule: which old tokens are kept verbatim; see `memtier.layers.rules`.
         eidetic_threshold: the least innovation that rule "threshold" keeps.
         innovation_predictor: what foresees a token: "linear", a map of the newest output of the fading memory, or
@@ -121,12 +128,13 @@ class BMojoConfig(PreTrainedConfig):
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        if (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
+        sized = any(kind in _SIZED for kind in types) or ("bmojo" in types and self.fading in _SIZED)
+        if sized and (self.ssm_expand * self.hidden_size) % self.ssm_head_dim:
             raise ConfigError(
                 f"ssm_head_dim is {self.ssm_head_dim}; it must divide ssm_expand * hidden_size "
                 f"({self.ssm_expand * self.hidden_size})."
             )
-        if (self.ssm_expand * self.hidden_size // self.ssm_head_dim) % self.ssm_groups:
+        if sized and (self.ssm_expand * self.hidden_size // self.ssm_head_dim) % self.ssm_groups:
             raise ConfigError(f"ssm_groups is {self.ssm_groups}; it must divide the number of scan heads.")
         if self.rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even one, or rope_theta=None.")
@@ -151,7 +159,7 @@ class BMojoConfig(PreTrainedConfig):
         """True if the attention of this layer has a fading memory (and with it innovation)."""
         return self.fading != "none" and (self.layer_types or [])[layer] == "bmojo"
 
-    def make_mixer(self, layer: int) -> BMojoMixer | Mamba2 | GatedDeltaNet:
+    def make_mixer(self, layer: int) -> BMojoMixer | Recurrence:
         """A new mixer for this layer: the one place where a layer type becomes a module."""
         kind = (self.layer_types or [])[layer]
         return (
@@ -172,12 +180,19 @@ class BMojoConfig(PreTrainedConfig):
                 states.append(mixer.empty_state(batch, device, dtype))
         return states
 
-    def make_fading_memory(self, kind: str | None = None) -> Mamba2 | GatedDeltaNet:
+    def make_fading_memory(self, kind: str | None = None) -> Recurrence:
         """A new recurrent mixer of this model's sizes: the attention layers' fading memory, or one of that kind."""
-        return FADING[kind or self.fading](
-            self.hidden_size, expand=self.ssm_expand, head_dim=self.ssm_head_dim, state_size=self.ssm_state_size,
-            groups=self.ssm_groups, conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size,
-            eps=self.rms_norm_eps,
+        kind = kind or self.fading
+        if kind in _SIZED:
+            return _SIZED[kind](
+                self.hidden_size, expand=self.ssm_expand, head_dim=self.ssm_head_dim, state_size=self.ssm_state_size,
+                groups=self.ssm_groups, conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size,
+                eps=self.rms_norm_eps,
+            )  # fmt: skip
+        normed = {"qk_norm": self.qk_norm} if kind == "grouped_mamba2" else {}
+        return _GROUPED[kind](
+            self.hidden_size, heads=self.num_attention_heads, groups=self.num_key_value_heads, head_dim=self.head_dim,
+            conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size, **normed,
         )  # fmt: skip
 
 
@@ -212,8 +227,8 @@ def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
             f"sink_tokens is {settings.sink_tokens}; it must not exceed window_tokens ({settings.window_tokens})."
         )
     for layer in settings.memory_layers:
-        if not 0 <= layer < len(layer_types) or layer_types[layer] in FADING:
-            able = [i for i, kind in enumerate(layer_types) if kind not in FADING]
+        if not 0 <= layer < len(layer_types) or layer_types[layer] not in _ATTENDING:
+            able = [i for i, kind in enumerate(layer_types) if kind in _ATTENDING]
             raise ConfigError(f"memory_layers names layer {layer}; layers with attention are {able}.")
     if list(settings.memory_layers) != sorted(set(settings.memory_layers)):
         raise ConfigError(f"memory_layers is {settings.memory_layers}; it must be ascending, each layer once.")

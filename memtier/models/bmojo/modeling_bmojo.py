@@ -20,6 +20,7 @@ from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
 from memtier.layers.bmojo import BMojoMixer, MixerLosses, MixerState
 from memtier.layers.gated_deltanet import GatedDeltaNet
+from memtier.layers.grouped import GroupedGatedDeltaNet, GroupedMamba2
 from memtier.layers.mamba2 import Mamba2, Mamba2State
 from memtier.layers.norms import RMSNorm
 from memtier.layers.plan import StepPlan, make_plan
@@ -94,11 +95,12 @@ class BMojoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         depth = (2 * self.config.num_hidden_layers) ** -0.5
-        if isinstance(module, Mamba2 | GatedDeltaNet):
+        if isinstance(module, Mamba2 | GatedDeltaNet | GroupedMamba2 | GroupedGatedDeltaNet):
             fresh = Mamba2.initial_ssm(module.heads)
             for name, value in fresh.items():
                 if hasattr(module, name):
                     init.copy_(getattr(module, name), value)
+        if isinstance(module, Mamba2 | GatedDeltaNet):
             bound = module.conv1d.kernel_size[0] ** -0.5
             init.uniform_(module.conv1d.weight, -bound, bound)
             init.normal_(module.out_proj.weight, mean=0.0, std=self.config.initializer_range * depth)

@@ -68,7 +68,9 @@ def state_report(cache: TieredCache) -> StateReport:
     """Kind, size, norm and half-life of every layer that carries a recurrent state. Runs on the model thread."""
     layers = []
     for layer in range(len(cache.states)):
-        tensors = {name: t for name, t in cache.layer_state(layer).items() if name.rpartition(".")[2] == "ssm"}
+        held = cache.layer_state(layer).items()
+        # a stock model's layer may carry a convolution tail alone, or nothing
+        tensors = {name: t for name, t in held if name.rpartition(".")[2] == "ssm" and t.numel()}
         for tensor in tensors.values():
             layers.append(
                 StateLayer(

@@ -28,7 +28,8 @@ from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
 from memtier.models.adapters import Adapter, AdapterSet, read_adapter
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
-from memtier.models.stock import StockLayout, StockReader
+from memtier.models.primed_checkpoint import MODEL_TYPE, load_primed_checkpoint, stored_config
+from memtier.models.stock import HybridReader, StockLayout, StockReader, is_hybrid
 from memtier.reports import WeightsReport
 from memtier.text import TextCodec
 
@@ -63,7 +64,9 @@ class WeightsTier:
         self._adapters: AdapterSet | None = None
         self._views: dict[str, WeightsTier] = {}
         self._uses = 0
-        self._reader = None if isinstance(model, BMojoForCausalLM) else StockReader(model)
+        self._reader = None
+        if not isinstance(model, BMojoForCausalLM):
+            self._reader = HybridReader(model) if is_hybrid(model) else StockReader(model)
         config: Any = model.config if self._reader is None else self._reader.layout
         self.config: BMojoConfig | StockLayout = config
         self.codec = codec
@@ -276,6 +279,8 @@ class WeightsTier:
 def _load(model: str | Path) -> tuple[PreTrainedModel, Any]:
     name = str(files("memtier.models") / "nano") if str(model) == "nano" else str(model)
     try:
+        if stored_config(name).get("model_type") == MODEL_TYPE:
+            return load_primed_checkpoint(name), _tokenizer(name)
         config = AutoConfig.from_pretrained(name)
         family = BMojoForCausalLM if isinstance(config, BMojoConfig) else AutoModelForCausalLM
         with _no_progress_bar():

@@ -1,6 +1,7 @@
-"""Stock attention models of transformers, read with memory through transformers' own extension points."""
+"""Stock models of transformers, attention and hybrids, read with memory through transformers' own extension points."""
 
 from memtier.models.stock.layout import StockLayout
 from memtier.models.stock.reader import StockReader
+from memtier.models.stock.recurrent import HybridReader, is_hybrid
 
-__all__ = ["StockLayout", "StockReader"]
+__all__ = ["HybridReader", "StockLayout", "StockReader", "is_hybrid"]

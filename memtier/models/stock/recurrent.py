@@ -1,0 +1,422 @@
+"""Hybrids of transformers, whose layers are recurrent, attention or both at once, read with a `TieredCache`.
+
+Attention as in `memtier.models.stock.reader`. A recurrent layer asks the cache of a forward pass for its states and
+gives it new ones: through transformers' own cache layers, which begin each pass with copies of what is carried.
+
+Not every model goes on rightly from a state with several tokens at once (Jamba's scan begins anew, and says nothing).
+So each recurrent layer is tried when a reader is made: pieces against the whole. A model that goes on rightly with one
+token only is read one by one beyond its first step; one that does not at all is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
+
+from memtier.blocks import MemorySettings
+from memtier.cache import LayerState, TieredCache
+from memtier.decode_cache import DecodeCache
+from memtier.errors import ConfigError, ModelError
+from memtier.layers.attention import attend
+from memtier.layers.bmojo import MixerState
+from memtier.layers.mamba2 import Mamba2State
+from memtier.layers.plan import StepPlan
+from memtier.layers.state import empty_attention_state
+from memtier.models.stock.layout import StockLayout
+from memtier.models.stock.reader import StockReader, memory_attention
+from memtier.models.stock.rotary import StockRotary, find_rotary
+
+__all__ = ["HybridLayout", "HybridReader", "is_hybrid"]
+
+IMPLEMENTATION = "memtier-hybrid"
+PROBE_TOKENS = 12
+# of a recurrent layer tried alone, in float32, on a CPU and elsewhere
+ALLOWED, ALLOWED_ELSEWHERE = 2e-5, 2e-3
+CACHE_NAMES = ("past_key_values", "cache_params")
+
+
+def is_hybrid(model: PreTrainedModel) -> bool:
+    """True if some layer of a model carries a recurrent state, as transformers' own cache for it says."""
+    layers = DynamicCache(config=model.config).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+
+
+@dataclass(frozen=True)
+class HybridLayout(StockLayout):
+    """Stands where a B'MOJO model has its config.
+
+    Args:
+        attends: which layers have attention.
+        carries: what each layer carries besides: convolution tail and recurrent state of one row, without numbers (on
+            the meta device); None for a layer that carries neither.
+    """
+
+    attends: tuple[bool, ...] = ()
+    carries: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] = ()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> HybridLayout:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read off what transformers' own cache holds after a few tokens.
+
+        Raises:
+            ConfigError: the model cannot be given a memory; the message says why.
+        """
+        config: Any = model.config.get_text_config()
+        name = config.model_type
+        output = model(input_ids=_probe_ids(model), use_cache=True)
+        cache = next((c for key in CACHE_NAMES if isinstance(c := getattr(output, key, None), Cache)), None)
+        if cache is None:
+            raise ConfigError(f"{name} keeps its states in a cache of its own; transformers' Cache was expected.")
+        attends, carries, sizes = [], [], set()
+        for layer in cache.layers:
+            keys = getattr(layer, "keys", None)
+            attends.append(keys is not None)
+            sizes |= set() if keys is None else {(keys.shape[1], keys.shape[3])}
+            carries.append(_carried(name, layer))
+        if len(sizes) > 1:
+            raise ConfigError(f"{name} has layers of KV heads and head sizes {sorted(sizes)}; one kind is supported.")
+        kv_heads, head_dim = sizes.pop() if sizes else (0, 0)
+        # without rotary positions a key has no place at all; that it is not learned ones is tried
+        rotary = StockRotary("none", torch.zeros(0, dtype=torch.float64), head_dim, None)
+        if any(attends) and any(hasattr(m, "rope_type") for m in model.modules()):
+            rotary = find_rotary(model, config, head_dim)
+        kinds = getattr(config, "layer_types", None) or []
+        sliding = getattr(config, "sliding_window", None)
+        local = tuple(sliding if kind in ("sliding_attention", "hybrid_sliding") else None for kind in kinds)
+        layers = len(cache.layers)
+        return cls(
+            model_type=name, vocab_size=config.vocab_size, num_key_value_heads=kv_heads, head_dim=head_dim,
+            local_tokens=local if len(local) == layers else (None,) * layers,
+            rotary=rotary, dtype=model.dtype,
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, attends=tuple(attends),
+            carries=tuple(carries),
+        )  # fmt: skip
+
+    @property
+    def layer_types(self) -> list[str]:
+        """As the config of a B'MOJO model names them, and "parallel" for attention beside a recurrence."""
+        named = {(True, False): "sliding_attention", (True, True): "parallel"}
+        return [
+            named.get((a, c is not None), "recurrent") for a, c in zip(self.attends, self.carries, strict=True)
+        ]  # fmt: skip
+
+    def memory_settings(self) -> MemorySettings:
+        """As of a model of attention alone, which remembers in the layers that attend."""
+        settings = super().memory_settings()
+        able = tuple(layer for layer in settings.memory_layers if self.attends[layer])
+        return replace(settings, memory_layers=able, span_blocks=settings.span_blocks if able else 0)
+
+    def empty_states(
+        self, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> list[LayerState]:
+        """Fresh states of every layer."""
+        self.check(settings)
+        states: list[LayerState] = []
+        for layer, (attends, carried) in enumerate(zip(self.attends, self.carries, strict=True)):
+            recurrent = None if attends and carried is None else _zeros(carried, batch, device, dtype)
+            if not attends:
+                assert recurrent is not None
+                states.append(recurrent)
+                continue
+            attention = empty_attention_state(
+                batch, settings=settings, kv_heads=self.num_key_value_heads, head_dim=self.head_dim, hidden_size=0,
+                conv_size=0, predictor_tokens=1, fading=False, memory=layer in settings.memory_layers, device=device,
+                dtype=dtype,
+            )  # fmt: skip
+            states.append(MixerState(attention, recurrent))
+        return states
+
+
+class HybridReader(StockReader):
+    """Reads a hybrid with memory, and gives it back as it came.
+
+    Args:
+        model: a causal language model some of whose layers are recurrent.
+
+    Raises:
+        ConfigError: a model that cannot be read so; the message says why.
+    """
+
+    layout: HybridLayout
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        was_training = model.training
+        model.eval()
+        try:
+            takes = inspect.signature(model.forward).parameters
+            self._cache_name = next(name for name in CACHE_NAMES if name in takes)
+            self._takes_positions, self._keeps = "position_ids" in takes, "logits_to_keep" in takes
+            self.layout = HybridLayout.of(model)
+            # one token at a time beyond the first step, where the model's own path for several is wrong
+            self.stepwise = _needs_single_tokens(model, self.layout)
+            self._try()
+        finally:
+            model.train(was_training)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: TieredCache | DecodeCache,
+        logits_to_keep: int = 0,
+        *,
+        marks: Collection[int] = (),
+    ) -> Any:
+        """See `StockReader`."""
+        cache = past_key_values
+        pieces = [input_ids]
+        if self.stepwise and input_ids.shape[1] > 1 and cache.position:
+            pieces = list(input_ids.split(1, dim=1))
+        logits = torch.cat([self._read(piece, cache, marks, logits_to_keep) for piece in pieces], dim=1)
+        return SimpleNamespace(
+            logits=logits[:, -logits_to_keep:] if logits_to_keep else logits, past_key_values=cache
+        )  # fmt: skip
+
+    def _read(
+        self, ids: torch.Tensor, cache: TieredCache | DecodeCache, marks: Collection[int], keep: int
+    ) -> torch.Tensor:  # fmt: skip
+        plan = cache.plan(ids.shape[1], marks, ids.device)
+        step = HybridStep(plan, cache, self.layout)
+        options: dict[str, Any] = {self._cache_name: step.carried, "use_cache": True}
+        if self._takes_positions:
+            options["position_ids"] = torch.zeros_like(ids)
+        if self._keeps:
+            options["logits_to_keep"] = keep
+        with self._announced_attention():
+            logits = self.model(input_ids=ids, **options).logits
+        if not bool(logits.isfinite().all()):
+            raise ModelError(
+                f"the model gave non-finite logits in the {ids.shape[1]} tokens from {plan.start} on. "
+                "Its weights or its input overflow; the cache must not be used further."
+            )
+        cache.advance(plan, step.finished())
+        return logits
+
+    @contextmanager
+    def _announced_attention(self) -> Iterator[None]:
+        if not any(self.layout.attends):
+            yield
+            return
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before or "eager")
+
+    def _try(self) -> None:
+        """Logits of a few tokens, in pieces, against the model's own."""
+        ids = _probe_ids(self.model)
+        settings = self.layout.memory_settings()
+        cache = TieredCache(
+            self.layout, settings=replace(settings, memory_layers=()), device=self.model.device, dtype=self.layout.dtype
+        )
+        pieces = ids.split([ids.shape[1] - 5, 1, 4] if ids.shape[1] > 5 else 1, dim=1)
+        wanted = self.model(input_ids=ids, use_cache=False).logits
+        try:
+            got = torch.cat([self(piece, cache).logits for piece in pieces], dim=1)
+        except ModelError as error:
+            raise ConfigError(f"{self.layout.model_type} cannot be given a memory: {error}") from error
+        self._expect(got, wanted, 2e-3 if self.layout.dtype in (torch.float32, torch.float64) else 0.1)
+
+
+class HybridStep:
+    """One forward pass of a hybrid: what its attention calls, and the cache it is given."""
+
+    def __init__(self, plan: StepPlan, cache: TieredCache | DecodeCache, layout: HybridLayout) -> None:
+        self._plan, self._cache, self._layout = plan, cache, layout
+        self._states = cache.states
+        self._after: dict[int, LayerState] = {}
+        self.carried = _Carried(self, layout.carries, self._states if plan.start else None)
+        self.layer = -1
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
+        local_tokens: int | None, rotated: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        """(B, T, H, D), from q (B, T, H, D) and k, v (B, T, G, D), before rotation.
+
+        The layer is the one whose keys came last, since layers may share a module.
+        """
+        state, rotary = self._states[self.layer], self._layout.rotary
+        if not isinstance(state, MixerState) or self.layer in self._after:
+            raise ModelError(f"layer {self.layer} attends where no attention was expected; its layout is unknown.")
+        if rotated and rotary.channel_order is not None:
+            q, k = (x[..., rotary.channel_order.to(x.device)] for x in (q, k))
+        out, after = attend(
+            q, k, v, self._plan, state.attention, self._cache, layer=self.layer,
+            rotary=rotary if rotated else None, scale=scale, local_tokens=local_tokens,
+        )  # fmt: skip
+        self._after[self.layer] = MixerState(after, None)
+        return out
+
+    def finished(self) -> list[LayerState]:
+        """The states of all layers after the pass."""
+        after: list[LayerState] = []
+        for layer, (attends, carries) in enumerate(zip(self._layout.attends, self._layout.carries, strict=True)):
+            before = self._states[layer]
+            fading = before if isinstance(before, Mamba2State) else before.fading
+            if carries is not None:
+                fading = self.carried.after(layer, fading)
+            if not attends:
+                assert fading is not None
+                after.append(fading)
+                continue
+            if layer not in self._after:
+                raise ModelError(f"layer {layer} did not call the attention function; the model has an unknown layout.")
+            read = self._after[layer]
+            assert isinstance(read, MixerState)
+            after.append(MixerState(read.attention, fading))
+        return after
+
+
+_announced = threading.local()
+
+
+def hybrid_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """The attention function "memtier-hybrid": that of `memtier.models.stock.reader`, for the step that was announced.
+
+    A hybrid passes keyword arguments down to its recurrent layers too, which take none of ours. But right before its
+    attention a layer hands its keys to the cache of the pass, on this thread.
+    """
+    step, _announced.step = getattr(_announced, "step", None), None
+    return memory_attention(module, query, key, value, attention_mask, memtier_step=step, **kwargs)
+
+
+AttentionInterface.register(IMPLEMENTATION, hybrid_attention)
+
+
+class _Carried(Cache):
+    """The cache that a pass is given: copies of the carried recurrent states, and the way to our attention."""
+
+    def __init__(self, step: HybridStep, carries: tuple[Any, ...], states: list[LayerState] | None) -> None:
+        super().__init__(layers=[DynamicLayer() if c is None else LinearAttentionLayer() for c in carries])
+        self._step = step
+        if states is None:
+            return
+        for layer, state in zip(self.layers, states, strict=True):
+            if not isinstance(layer, LinearAttentionLayer):
+                continue
+            fading = state if isinstance(state, Mamba2State) else state.fading
+            assert fading is not None
+            if fading.conv.numel():
+                layer.update_conv_state(fading.conv)
+            if fading.ssm.numel():
+                layer.update_recurrent_state(fading.ssm)
+            layer.has_previous_state[0] = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Announce that the attention of this layer follows."""
+        self._step.layer = layer_idx
+        _announced.step = self._step
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read before this pass, as far as a model may know: positions are ours."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Of the pass alone."""
+        return query_length, 0
+
+    def after(self, layer: int, before: Mamba2State | None) -> Mamba2State:
+        """What a layer carries on."""
+        held: Any = self.layers[layer]
+        assert before is not None
+        conv, ssm = held.conv_states[0], held.recurrent_states[0]
+        if not held.has_previous_state[0] and conv is None and ssm is None:
+            raise ModelError(f"layer {layer} gave no state; the model has an unknown layout.")
+        return replace(
+            before,
+            conv=before.conv if conv is None else conv.to(before.conv.dtype),
+            ssm=before.ssm if ssm is None else ssm.to(before.ssm.dtype),
+        )
+
+
+def _carried(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return None
+    if layer.number_of_states != 1:
+        raise ConfigError(f"{name} has layers of {layer.number_of_states} recurrent states; one is supported.")
+    conv, ssm = layer.conv_states[0], layer.recurrent_states[0]
+    if conv is None and ssm is None:
+        return None
+    return tuple(torch.empty(0, device="meta") if x is None else x[:1].to("meta") for x in (conv, ssm))  # pyright: ignore
+
+
+def _zeros(
+    carried: tuple[torch.Tensor, torch.Tensor] | None, batch: int, device: torch.device, dtype: torch.dtype
+) -> Mamba2State:  # fmt: skip
+    """An empty state. A convolution tail has the model's dtype, a recurrent state the one the model gave it."""
+    conv, ssm = carried or (torch.empty(0), torch.empty(0))
+    shapes = [(batch, *x.shape[1:]) if x.numel() else (batch, 0) for x in (conv, ssm)]
+    return Mamba2State(
+        ssm=torch.zeros(shapes[1], dtype=ssm.dtype, device=device),
+        conv=torch.zeros(shapes[0], dtype=dtype, device=device),
+        log_decay=torch.zeros(batch, 0, device=device),
+    )
+
+
+def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
+    config: Any = model.config.get_text_config()
+    return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3)[None] % config.vocab_size
+
+
+def _needs_single_tokens(model: PreTrainedModel, layout: HybridLayout) -> bool:
+    """Try each recurrent layer alone, in float32: does it go on from a state with several tokens, and with one?
+
+    Raises:
+        ConfigError: not with one token, or the layer cannot be found.
+    """
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and _convolves(m)]
+    if len(found) != sum(c is not None for c in layout.carries):
+        raise ConfigError(f"the recurrent layers of {layout.model_type} have an unknown layout.")
+    single = False
+    for module in found:
+        limit = getattr(module, "time_step_limit", None) or (0.0, float("inf"))
+        one, several = _off(module, [5, *([1] * (PROBE_TOKENS - 5))]), _off(module, [5, 4, 3])
+        allowed = ALLOWED if next(module.parameters()).device.type == "cpu" else ALLOWED_ELSEWHERE
+        if tuple(limit) != (0.0, float("inf")) or not one <= allowed:
+            raise ConfigError(
+                f"{layout.model_type} reads a token by itself in another way than in a text (layer {module.layer_idx}, "
+                f"off by {one:.1e}; time_step_limit {tuple(limit)} counts in a text only), so its outputs would depend "
+                f"on how a text is cut. Set time_step_limit = (0.0, float('inf')) on its recurrent layers to read it "
+                f"without limits."
+            )
+        single = single or not several <= allowed
+    return single
+
+
+def _off(module: nn.Module, pieces: list[int]) -> float:
+    """How far the outputs of a recurrent layer for a text in pieces are from those for the whole, of the largest."""
+    alone: Any = copy.deepcopy(module).float().eval()
+    name = next(n for n in CACHE_NAMES if n in inspect.signature(alone.forward).parameters)
+    width = next(p.in_features for p in alone.children() if isinstance(p, nn.Linear))
+    h = torch.randn(1, PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
+    h = h.to(next(alone.parameters()).device)
+    cache = Cache(layers=[LinearAttentionLayer() for _ in range(alone.layer_idx + 1)])
+    got = torch.cat([alone(piece, **{name: cache}) for piece in h.split(pieces, dim=1)], dim=1)
+    wanted = alone(h, **{name: None})
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Conv1d) for child in module.children())

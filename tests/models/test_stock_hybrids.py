@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 # these read a token by itself without a limit that counts in a text; without it they can be read
 LIMITED = ("zamba2", "nemotron-h")
-DEFAULT = ("mamba2", "falcon-h1", "jamba", "zamba2", "qwen3-next", "lfm2")
+DEFAULT = ("mamba2", "falcon-h1", "jamba", "qwen3-next", "lfm2")
 
 
 def make_model(name: str, *, limit: bool = False, seed: int = 0) -> Any:
@@ -224,6 +224,34 @@ def test_a_model_that_forgets_its_state_in_a_text_is_read_token_by_token() -> No
 def test_a_model_that_reads_one_token_in_another_way_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="time_step_limit"):
         HybridReader(make_model(name, limit=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["falcon-h1", "jamba", "lfm2"])
+@torch.no_grad()
+def test_a_hybrid_in_16_bits_is_read_too(name: str, dtype: torch.dtype) -> None:
+    model = torch.nn.Module.to(make_model(name), dtype)
+    logits, cache = read(HybridReader(model), tokens(60), [50, 1, 9])
+    assert logits.dtype == dtype and bool(logits.isfinite().all())
+    kinds = {key.rpartition(".")[2]: value.dtype for key, value in cache.state_dict().items()}
+    assert kinds["conv"] == kinds["keys"] == dtype and kinds["ssm"] == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hybrid_that_changes_its_keys_after_the_rotation_is_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.lfm2 import modeling_lfm2
+
+    turn = modeling_lfm2.apply_rotary_pos_emb
+
+    def turn_and_more(q: Any, k: Any, *rest: Any) -> Any:
+        q, k = turn(q, k, *rest)
+        return q, k * torch.linspace(0.97, 1.03, k.shape[-1]).to(k.dtype)
+
+    monkeypatch.setattr(modeling_lfm2, "apply_rotary_pos_emb", turn_and_more)
+    with pytest.raises(ConfigError, match="rotated at attention"):
+        HybridReader(torch.nn.Module.to(make_model("lfm2"), dtype))
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ token only is read one by one beyond its first step; one that does not at all is
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Collection, Iterator
@@ -35,15 +34,13 @@ from memtier.layers.plan import StepPlan
 from memtier.layers.state import empty_attention_state
 from memtier.models.stock.layout import StockLayout
 from memtier.models.stock.reader import StockReader, memory_attention
+from memtier.models.stock.recurrent_trial import CACHE_NAMES, attention_off, needs_single_tokens
 from memtier.models.stock.rotary import StockRotary, find_rotary
 
 __all__ = ["HybridLayout", "HybridReader", "is_hybrid"]
 
 IMPLEMENTATION = "memtier-hybrid"
 PROBE_TOKENS = 12
-# of a recurrent layer tried alone, in float32, on a CPU and elsewhere
-ALLOWED, ALLOWED_ELSEWHERE = 2e-5, 2e-3
-CACHE_NAMES = ("past_key_values", "cache_params")
 
 
 def is_hybrid(model: PreTrainedModel) -> bool:
@@ -161,7 +158,8 @@ class HybridReader(StockReader):
             self._takes_positions, self._keeps = "position_ids" in takes, "logits_to_keep" in takes
             self.layout = HybridLayout.of(model)
             # one token at a time beyond the first step, where the model's own path for several is wrong
-            self.stepwise = _needs_single_tokens(model, self.layout)
+            carrying = sum(c is not None for c in self.layout.carries)
+            self.stepwise = needs_single_tokens(model, self.layout.model_type, carrying)
             self._try()
         finally:
             model.train(was_training)
@@ -231,6 +229,20 @@ class HybridReader(StockReader):
         except ModelError as error:
             raise ConfigError(f"{self.layout.model_type} cannot be given a memory: {error}") from error
         self._expect(got, wanted, 2e-3 if self.layout.dtype in (torch.float32, torch.float64) else 0.1)
+        # rounding could hide a mistake in 16 bits: each attention alone, in float32
+        cache = TieredCache(
+            self.layout, settings=replace(settings, memory_layers=()), device=self.model.device, dtype=torch.float32
+        )  # fmt: skip
+        for layer, name, off in attention_off(self.model, IMPLEMENTATION, lambda: self._step(cache, ids)):
+            if not off <= 1e-3:
+                raise ConfigError(
+                    f"{self.layout.model_type} gives other outputs when its keys are rotated at attention (layer "
+                    f"{layer}, {name}, off by {off:.1e}). This model cannot be given a memory."
+                )
+
+    def _step(self, cache: TieredCache, ids: torch.Tensor) -> Cache:
+        """The cache of a pass of so many tokens from the beginning, for one attention alone."""
+        return HybridStep(cache.plan(ids.shape[1], (), ids.device), cache, self.layout).carried
 
 
 class HybridStep:
@@ -378,45 +390,3 @@ def _zeros(
 def _probe_ids(model: PreTrainedModel) -> torch.Tensor:
     config: Any = model.config.get_text_config()
     return (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3)[None] % config.vocab_size
-
-
-def _needs_single_tokens(model: PreTrainedModel, layout: HybridLayout) -> bool:
-    """Try each recurrent layer alone, in float32: does it go on from a state with several tokens, and with one?
-
-    Raises:
-        ConfigError: not with one token, or the layer cannot be found.
-    """
-    found = [m for m in model.modules() if hasattr(m, "layer_idx") and _convolves(m)]
-    if len(found) != sum(c is not None for c in layout.carries):
-        raise ConfigError(f"the recurrent layers of {layout.model_type} have an unknown layout.")
-    single = False
-    for module in found:
-        limit = getattr(module, "time_step_limit", None) or (0.0, float("inf"))
-        one, several = _off(module, [5, *([1] * (PROBE_TOKENS - 5))]), _off(module, [5, 4, 3])
-        allowed = ALLOWED if next(module.parameters()).device.type == "cpu" else ALLOWED_ELSEWHERE
-        if tuple(limit) != (0.0, float("inf")) or not one <= allowed:
-            raise ConfigError(
-                f"{layout.model_type} reads a token by itself in another way than in a text (layer {module.layer_idx}, "
-                f"off by {one:.1e}; time_step_limit {tuple(limit)} counts in a text only), so its outputs would depend "
-                f"on how a text is cut. Set time_step_limit = (0.0, float('inf')) on its recurrent layers to read it "
-                f"without limits."
-            )
-        single = single or not several <= allowed
-    return single
-
-
-def _off(module: nn.Module, pieces: list[int]) -> float:
-    """How far the outputs of a recurrent layer for a text in pieces are from those for the whole, of the largest."""
-    alone: Any = copy.deepcopy(module).float().eval()
-    name = next(n for n in CACHE_NAMES if n in inspect.signature(alone.forward).parameters)
-    width = next(p.in_features for p in alone.children() if isinstance(p, nn.Linear))
-    h = torch.randn(1, PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
-    h = h.to(next(alone.parameters()).device)
-    cache = Cache(layers=[LinearAttentionLayer() for _ in range(alone.layer_idx + 1)])
-    got = torch.cat([alone(piece, **{name: cache}) for piece in h.split(pieces, dim=1)], dim=1)
-    wanted = alone(h, **{name: None})
-    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
-
-
-def _convolves(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Conv1d) for child in module.children())

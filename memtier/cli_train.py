@@ -253,7 +253,8 @@ def train_prime(
     steps: Annotated[int, typer.Option(help="Updates of the second part: text.")] = 500,
     learning_rate: Rate = 5e-4,
     sequence_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a sequence of the second part (default: the model's own context).")
+        int | None,
+        typer.Option(help="Tokens of a sequence (default: four windows); alignment stays in the context."),
     ] = None,
     batch_tokens: BatchTokens = 8192,
     piece_tokens: PieceTokens = None,

@@ -22,6 +22,7 @@ from memtier.layers.grouped import GroupedGatedDeltaNet, GroupedMamba2
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
 
 __all__ = [
+    "LONGEST_WINDOW",
     "attention_config",
     "plain_copy",
     "prime_layer",
@@ -49,6 +50,8 @@ _PARTS = (
 _WHOLE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
 PROBE_TOKENS = 24
+# the published models have it too
+LONGEST_WINDOW = 2048
 
 
 def translate(tensors: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
@@ -213,7 +216,7 @@ def prime_layer(mixer: BMojoMixer) -> None:
 
 
 def primed_sizes(trained: int, attention_layers: tuple[int, ...], given: Mapping[str, Any]) -> MemorySettings:
-    """Sizes under which no distance exceeds `trained` tokens, and a sequence of so many is four windows long.
+    """Sizes under which no distance exceeds `trained` tokens, and a sequence of so many is four windows long or more.
 
     Args:
         attention_layers: those that are not converted; they get the expansion span.
@@ -225,7 +228,7 @@ def primed_sizes(trained: int, attention_layers: tuple[int, ...], given: Mapping
     block, most = 32, min(trained // 8, given.get("window_tokens", trained))
     while block > max(1, most):
         block //= 2
-    window = given.get("window_tokens", max(block, trained // 4 // block * block))
+    window = given.get("window_tokens", max(block, min(LONGEST_WINDOW, trained // 4) // block * block))
     sizes: dict[str, Any] = {
         "window_tokens": window, "sink_tokens": min(4, block), "eidetic_tokens": window // 4,
         "span_block_tokens": block, "span_refresh_tokens": min(16, block), "span_blocks": 0, "memory_layers": (),

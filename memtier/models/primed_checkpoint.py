@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from memtier.errors import ConfigError
 from memtier.models.bmojo import BMojoConfig, BMojoForCausalLM
-from memtier.models.primed import attention_config, primed_sizes, translate
+from memtier.models.primed import LONGEST_WINDOW, attention_config, primed_sizes, translate
 
 __all__ = ["MODEL_TYPE", "load_primed_checkpoint", "primed_checkpoint_config", "stored_config"]
 
@@ -33,7 +33,6 @@ LAYERS = {
     "GDN": "grouped_gated_deltanet",
 }
 MIXERS = {"mamba2": "grouped_mamba2", "gdn": "grouped_gated_deltanet", "gated_deltanet": "grouped_gated_deltanet"}
-LONGEST_WINDOW = 2048
 # what each part of the config must say, where it says something
 EXPECTED: dict[str, dict[str, Any]] = {
     "bmojo_config": {"tie_attn_weights": True},
@@ -86,7 +85,7 @@ def primed_checkpoint_config(stored: dict[str, Any]) -> BMojoConfig:
     widths = {parts["gdn_config"].get("conv_size", 4) if "delta" in str(kind) else 4 for kind in recurrent}
     if len(widths) > 1:
         raise ConfigError(f"{MODEL_TYPE} has convolutions of widths {sorted(widths)}; memtier reads one.")
-    given = {"window_tokens": windows.pop() if windows else min(LONGEST_WINDOW, trained // 4)}
+    given = {"window_tokens": windows.pop()} if windows else {}
     # it was trained with neither, and its innovation test is not trained at all
     sizes = primed_sizes(
         trained, tuple(i for i, kind in enumerate(pattern) if kind == "*"),

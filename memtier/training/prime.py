@@ -29,7 +29,7 @@ from memtier.training.text import HeldOut, TextCourse, TextIds, TextLessons, hel
 __all__ = ["Prime", "PrimeReport", "prime", "train_prime"]
 
 ALIGN_FOLDER, LEARN_FOLDER = "align", "learn"
-# a model that was converted is measured on sequences so many times its trained length
+# a model that was converted is measured on sequences so many times as long as those of the alignment
 BEYOND = 8
 
 
@@ -43,7 +43,7 @@ class Prime:
         sizes: of the memory, by their names in MemorySettings; by default such that no distance exceeds the context
             that the source was trained on.
         align_steps, align_learning_rate: of the first part of the training.
-        sequence_tokens: of the second; None for the length that the source was trained on, as in the first.
+        sequence_tokens: of both parts, but no more in the first than the source was trained on; None for four windows.
     """
 
     convert: str = "best:1"
@@ -100,15 +100,16 @@ def prime(
     plain, trained = plain_copy(source), trained_tokens(source.config)
     every = range(plain.config.num_hidden_layers)
     sizes = primed_sizes(trained, tuple(every), recipe.sizes)
-    choice = choose_layers(plain, text, recipe.convert, window_tokens=sizes.window_tokens, tokens=trained)
+    length = recipe.sequence_tokens or min(trained, 4 * sizes.window_tokens)
+    known = min(trained, length)
+    if known < 4 * sizes.window_tokens:
+        raise ConfigError(
+            f"sequences of {known} tokens are under four windows of {sizes.window_tokens}, too short to train the "
+            f"fading memory. Set window_tokens to at most {known // 4}, or take longer sequences."
+        )
+    choice = choose_layers(plain, text, recipe.convert, window_tokens=sizes.window_tokens, tokens=known)
     sizes = primed_sizes(trained, tuple(i for i in every if i not in choice.layers), recipe.sizes)
-    lessons = replace(lessons or TextLessons(), sequence_tokens=recipe.sequence_tokens or trained)
-    for length in (trained, lessons.sequence_tokens):
-        if length < 4 * sizes.window_tokens:
-            raise ConfigError(
-                f"sequences of {length} tokens are under four windows of {sizes.window_tokens}, too short to train the "
-                f"fading memory. Set window_tokens to at most {length // 4}, or take longer sequences."
-            )
+    lessons = replace(lessons or TextLessons(), sequence_tokens=length)
     torch.manual_seed(seed)
     model = primed_model(plain, list(choice.layers), recipe.fading, sizes)
     torch.nn.Module.to(model, source.device)
@@ -122,7 +123,7 @@ def prime(
     def left() -> float | None:
         return None if minutes is None else minutes - (time.monotonic() - begun) / 60
 
-    whole = replace(lessons, sequence_tokens=trained, dense_until=0.0)
+    whole = replace(lessons, sequence_tokens=known, dense_until=0.0)
     course = AlignmentCourse(TextCourse(text, whole, sizes, steps=align.steps, seed=seed), source)
     with progress_bar(show_progress, align.steps) as on_row:
         first = fit(
@@ -140,9 +141,9 @@ def prime(
     model.eval()
     inside, source_inside, beyond = None, None, None
     if done.finished:
-        source_inside = held_out(plain, text, sequence_tokens=trained)
-        inside = held_out(model, text, sequence_tokens=trained)
-        beyond = held_out(model, text, sequence_tokens=BEYOND * trained)
+        source_inside = held_out(plain, text, sequence_tokens=known)
+        inside = held_out(model, text, sequence_tokens=known)
+        beyond = held_out(model, text, sequence_tokens=BEYOND * known)
     report = PrimeReport(
         folder=folder,
         layers=choice.layers,

@@ -98,6 +98,16 @@ def test_a_hybrid_begins_with_the_attention_of_its_source(fading: str) -> None:
             assert torch.equal(getattr(fresh, f"{name}_proj").weight, weight)
 
 
+@pytest.mark.parametrize(
+    ("trained", "window", "blocks"), [(64, 16, 1), (512, 128, 4), (8192, 2048, 16), (131072, 2048, 16)]
+)
+def test_default_sizes_fit_the_trained_context(trained: int, window: int, blocks: int) -> None:
+    sizes = primed_sizes(trained, (1,), {})
+    assert (sizes.window_tokens, sizes.span_blocks) == (window, blocks)
+    assert sizes.memory_layers == (1,)
+    assert 4 * sizes.window_tokens <= trained
+
+
 @torch.no_grad()
 def test_the_layers_that_lose_least_by_a_window_are_converted(text: TextIds) -> None:
     model = source()
@@ -124,7 +134,7 @@ def test_a_resumed_run_writes_the_same_model_and_a_session_opens_it(saved: Path,
     report = run(saved, corpus, tmp_path / "whole")
     assert report.layers == (0, 2) and report.step == 4
     assert report.source is not None and report.inside is not None and report.beyond is not None
-    assert report.beyond.sequence_tokens > report.inside.sequence_tokens == 64
+    assert report.beyond.sequence_tokens > report.inside.sequence_tokens == 32
     assert json.loads((tmp_path / "whole" / "training.json").read_text())["conversion"]["convert"] == "0,2"
     for _ in range(2):
         assert not run(saved, corpus, tmp_path / "parts", minutes=0.0).finished

@@ -1,16 +1,18 @@
 """Writes the generated pages of this folder, or checks that they are up to date.
 
-    python -P docs/generate.py            writes cli.md, config.md, api.md and results.md
+    python -P docs/generate.py            writes cli.md, config.md, api.md, models.md and results.md
     python -P docs/generate.py --check    exits with 1 and names the pages that are stale
 
 cli.md comes from the command line's own help, config.md from the fields of MemoryConfig, api.md from the docstrings of
-the public names, results.md from the CSV files of docs/results and kernels/benchmarks/results.
+the public names, models.md from the table of families that the tests read, results.md from the CSV files of
+docs/results and kernels/benchmarks/results.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +117,53 @@ def _as_markdown(docstring: str) -> str:
     return "\n\n".join([first.strip(), *(f"```text\n{section.strip()}\n```" for section in sections)])
 
 
+MODELS_INTRO = """
+A stock model of transformers is read with memory if its layers are attention with rotary positions and take their
+attention function from transformers' attention interface. Nothing of it is copied or changed. Whether a model is read
+rightly is not looked up in this table but tried, each time one is opened: a few tokens through its own attention and
+through ours. So other models of these kinds work too, and what cannot be read rightly is refused with its reason:
+learned positions and ALiBi, norms of keys after their rotation, chunked attention, layers that attend twice.
+
+Each row is a tiny random model of that family (`memtier/models/stock/families.py`), whose norms, biases and sinks are
+moved away from 1 and 0, tested in float32 by `tests/models/test_stock_models.py`:
+
+- inside the window logits are transformers' own within 1e-4: read at once, in pieces, token by token;
+- beyond it, at 90 tokens with a window of 24 and a trained context of 64, they are those of the same formula written
+  out query by query with the model's own rotary functions, within 1e-4, and no position exceeds the trained context;
+- a state restored in a new process goes on with equal logits (rows tested at every run);
+- `tests/models/test_generate.py`: `model.generate` with a `memtier.TieredCache` gives what the model's own cache gives
+  inside the window, and beyond it what memtier's own reading gives (nine of the rows).
+
+Rows marked *slow* are tested with `pytest -m slow` only. No large pretrained model was run; the one trained model is a
+Llama of 260 thousand parameters (`tests/models/test_stock_stories.py`).
+"""
+
+
+HYBRIDS_INTRO = """
+Models with recurrent layers (`tests/models/test_stock_hybrids.py`, tiny random models too): inside the window logits
+are transformers' own, at once and in pieces; beyond it those of the dense formula; a state restored in a new process goes
+on with equal logits. Plain `generate` with a `memtier.TieredCache` is for models whose layers all attend: open hybrids
+by `memtier.open`.
+"""
+
+
+def models_page() -> str:
+    """The families that the tests read with memory."""
+    from memtier.models.stock.families import STOCK_FAMILIES
+
+    rows = ["| tested as | classes of transformers | what has to be read rightly | tested |", "|---|---|---|---|"]
+    for name, family in STOCK_FAMILIES.items():
+        when = "every run" if family.default else "slow"
+        rows.append(f"| {name} | `{family.classes}Config` | {family.special} | {when} |")
+    hybrids = runpy.run_path(str(HERE.parent / "tests" / "models" / "test_stock_hybrids.py"))
+    lines = ["| tested as | classes of transformers | tested |", "|---|---|---|"]
+    for name, (classes, _) in hybrids["MODELS"].items():
+        when = "every run" if name in hybrids["DEFAULT"] else "slow"
+        lines.append(f"| {name} | `{classes}Config` | {when} |")
+    parts = [NOTE, "# Models", MODELS_INTRO.strip(), "\n".join(rows), "## Hybrids", HYBRIDS_INTRO.strip()]
+    return "\n\n".join([*parts, "\n".join(lines)]) + "\n"
+
+
 def results() -> str:
     """Every table of docs/results."""
     return f"{NOTE}\n\n{results_page(HERE)}"
@@ -124,6 +173,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "config.md": config_page,
     "api.md": api_page,
+    "models.md": models_page,
     "results.md": results,
 }
 

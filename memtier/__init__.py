@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memtier.errors import StorageError as StorageError
     from memtier.errors import StorageFullError as StorageFullError
     from memtier.generation import Generation as Generation
+    from memtier.huggingface import TieredCache as TieredCache
     from memtier.listing import list_sessions as list_sessions
     from memtier.reports import BlockContent as BlockContent
     from memtier.reports import CheckpointInfo as CheckpointInfo
@@ -67,6 +68,7 @@ _HOMES = {
         "StorageFullError",
     ),
     "memtier.generation": ("Generation",),
+    "memtier.huggingface": ("TieredCache",),
     "memtier.reports": (
         "BlockContent",
         "CheckpointInfo",
@@ -119,6 +121,7 @@ __all__ = [
     "SyncGeneration",
     "SyncRuntime",
     "SyncSession",
+    "TieredCache",
     "TurnInfo",
     "list_sessions",
     "open",

@@ -26,6 +26,19 @@ __all__ = ["LayerState", "ReadableConfig", "TieredCache"]
 LayerState = MixerState | Mamba2State
 
 
+class DecodeLane(Protocol):
+    """A way to read tokens faster while nothing is chosen (`memtier.models.stock.lane`)."""
+
+    def settled(self) -> list[LayerState]:
+        """The states as they would stand without it."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """On the device."""
+        ...
+
+
 class ReadableConfig(Protocol):
     """What a cache asks of a model: `BMojoConfig`, or the layout of a stock model."""
 
@@ -66,6 +79,7 @@ class TieredCache(Cache):
         self.settings = config.memory_settings() if settings is None else settings
         self.selector: SpanSelector = HostSpanSelector() if selector is None else selector
         self._rows = batch_size
+        self._lane: DecodeLane | None = None
         self.position = 0
         self.boundary = -1
         self.marks: set[int] = set()
@@ -85,10 +99,22 @@ class TieredCache(Cache):
 
     @states.setter
     def states(self, states: list[LayerState]) -> None:
+        self._lane = None
         self._held: tuple[list[LayerState], int | None] = states, None
 
+    @property
+    def lane(self) -> DecodeLane | None:
+        """Where tokens are read that choose nothing; what is carried is made from it when anyone looks."""
+        return self._lane
+
+    @lane.setter
+    def lane(self, lane: DecodeLane) -> None:
+        self._lane = lane
+
     def settle(self) -> None:
-        """Copy a row of a batch out of it."""
+        """Take what is carried off a lane, or copy a row of a batch out of it."""
+        if self._lane is not None:
+            self.states = self._lane.settled()
         states, row = self._held
         if row is not None:
             only = slice(row, row + 1)
@@ -97,6 +123,8 @@ class TieredCache(Cache):
     @property
     def held(self) -> tuple[list[LayerState], int | None]:
         """The states as they lie: its own and None, or those of a batch and the row that is this cache's."""
+        if self._lane is not None:
+            self.settle()
         return self._held
 
     def read_in_row(self, states: list[LayerState], row: int) -> None:
@@ -110,9 +138,14 @@ class TieredCache(Cache):
         settings, at = self.settings, self.position
         if at == next_boundary(settings, self.boundary) or at in self.marks or at < settings.sink_tokens:
             return True
-        spans = (self._held[0][layer] for layer in settings.memory_layers)
-        return any(
-            isinstance(state, MixerState) and state.attention.span_ids.shape[1] != settings.span_blocks
+        return not self.has_plain_spans
+
+    @property
+    def has_plain_spans(self) -> bool:
+        """True if every layer carries a span of the size that the settings ask for."""
+        spans = (self._held[0][layer] for layer in self.settings.memory_layers)
+        return all(
+            not isinstance(state, MixerState) or state.attention.span_ids.shape[1] == self.settings.span_blocks
             for state in spans
         )
 
@@ -260,7 +293,8 @@ class TieredCache(Cache):
             for _, value in flatten(state, numbers=False):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
                 rows = 1 if row is None else value.shape[0]
-        return sum(storages.values()) // rows
+        lane = self._lane
+        return sum(storages.values()) // rows + (0 if lane is None else lane.nbytes)
 
     def window(self) -> tuple[int, int]:
         """Positions [start, end) that the newest token sees in its window."""
@@ -342,10 +376,21 @@ class TieredCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep the rows named by `beam_idx`, as beam search asks."""
+        self.__dict__.update(self.rows(beam_idx).__dict__)
+
+    def rows(self, order: torch.Tensor) -> TieredCache:
+        """A copy with the rows named by `order` (n,) int64, one or several times.
+
+        Raises:
+            ModelError: the blocks are a session's, which has one line of tokens.
+        """
         if not isinstance(self.selector, HostSpanSelector):
             raise ModelError("beam search needs a cache without a selector: a session has one line of tokens.")
-        self.selector.reorder(beam_idx)
-        self.states = [map_tensors(state, lambda t: t.index_select(0, beam_idx)) for state in self.states]
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.selector, copy.marks, copy._rows = self.selector.rows(order), set(self.marks), order.numel()
+        copy.states = [map_tensors(state, lambda t: t.index_select(0, order.to(t.device))) for state in self.states]
+        return copy
 
     def reset(self) -> None:
         """Back to position 0, with an empty store of its own."""

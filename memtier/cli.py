@@ -151,6 +151,9 @@ def chat(
     retrieval: Annotated[
         Literal["on", "off", "random", "recent"] | None, typer.Option(help="Overrides how storage is retrieved.")
     ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message of a new session, for a model with a chat template.")
+    ] = None,
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
     model: Model = "nano",
@@ -158,18 +161,26 @@ def chat(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Talk with a session, a line at a time, until the input ends (Ctrl-D). It remembers what was said."""
+    """Talk with a session, a line at a time, until the input ends (Ctrl-D). It remembers what was said.
+
+    A model with a chat template is talked to in it; any other reads lines.
+    """
     from memtier.console import emit_json
 
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
         talker = runtime.session(session, adapter=adapter)
         for line in _lines(f"{session}> "):
             choices = {"temperature": temperature, "top_p": top_p, "seed": seed, "retrieval": retrieval}
-            answer = talker.generate(f"{line}\n", max_new_tokens=max_new_tokens, stop=("\n",), **choices)
+            if talker.has_chat_template:
+                answer = talker.chat(
+                    line, system=None if talker.position else system, max_new_tokens=max_new_tokens, **choices
+                )
+            else:
+                answer = talker.generate(f"{line}\n", max_new_tokens=max_new_tokens, stop=("\n",), **choices)
             for piece in answer:
                 if not as_json:
                     print(piece, end="", flush=True)
-            if answer.finish_reason == "length":
+            if answer.finish_reason == "length" and not talker.has_chat_template:
                 talker.observe("\n", role="assistant")
             if as_json:
                 said = {"prompt": line, "text": answer.text, "finish_reason": answer.finish_reason}

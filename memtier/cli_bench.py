@@ -206,6 +206,35 @@ def bench_facts(
     (emit_json if as_json else show_facts)(report)
 
 
+@bench.command("models")
+def bench_models(
+    families: Annotated[str, typer.Option(help="Of llama, qwen3, mistral, granite.")] = "llama,qwen3",
+    contexts: Annotated[str, typer.Option(help="Lengths at which decoding is measured.")] = "1024,4096,16384",
+    width: Annotated[int, typer.Option(help="Of the model, with random weights.")] = 512,
+    layers: Annotated[int, typer.Option(help="How many.")] = 4,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 8,
+    window_tokens: Annotated[int, typer.Option(help="Of memtier and of the sliding cache.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Decoding is measured so often; medians.")] = 3,
+    device: Device = "cpu",
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Stock models read with memory, and with transformers' own full and sliding caches: speed and memory."""
+    from memtier.bench.models import ModelsOptions, run_models
+    from memtier.console import emit_json, progress, show_values
+
+    command = shlex.join(["memtier", *sys.argv[1:]])
+    options = ModelsOptions(
+        families=tuple(families.split(",")), contexts=_counts("--contexts", contexts), width=width, layers=layers,
+        heads=heads, kv_heads=kv_heads, window_tokens=window_tokens, rounds=rounds, device=device, threads=threads,
+        command=command,
+    )  # fmt: skip
+    with progress() as on_progress:
+        report = run_models(options, on_progress)
+    emit_json(report) if as_json else show_values("bench models", report)
+
+
 @bench.command("length")
 def bench_length(
     size_bytes: Annotated[int | None, typer.Option("--bytes", help="How much text to read (default: all).")] = None,

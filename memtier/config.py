@@ -45,7 +45,9 @@ class MemoryConfig(BaseModel):
     eidetic_tokens: int | None = Field(None, ge=0, description="Surprising old tokens kept verbatim, a layer.")
     span_block_tokens: int | None = Field(None, ge=1, description="Tokens in one block of long-term memory.")
     span_refresh_tokens: int | None = Field(None, ge=1, description="Retrieval chooses anew every so many tokens.")
-    memory_layers: tuple[int, ...] | None = Field(None, description="Layers that keep and retrieve blocks.")
+    memory_layers: tuple[int, ...] | Literal["auto"] | None = Field(
+        None, description="Layers that keep and retrieve blocks. 'auto': evenly spaced ones, within kv_bytes_per_token."
+    )
     far_positions: FarPositions | None = Field(None, description="Positions that retrieved keys are given.")
     landmark_keys: int | None = Field(None, ge=0, description="Keys that a block is found by; 0: their mean.")
 
@@ -58,6 +60,11 @@ class MemoryConfig(BaseModel):
         ge=0,
         description="K/V kept on the device for all sessions. None: on a GPU an eighth of its free memory, at most "
         "2 GiB, else 0. 0: none.",
+    )
+    kv_bytes_per_token: int = Field(
+        16_384,
+        ge=1,
+        description="With memory_layers='auto': K/V that a token may take in storage, all layers together.",
     )
     inbox_blocks: int = Field(256, ge=1, description="Sealed blocks that may wait for the disk, a session.")
     snapshot_every_tokens: int = Field(32_768, ge=1, description="Tokens between two snapshots of the state.")
@@ -88,19 +95,24 @@ class MemoryConfig(BaseModel):
             ) from error
 
 
-def resolve_settings(config: MemoryConfig, of_model: MemorySettings, layer_types: Sequence[str]) -> MemorySettings:
+def resolve_settings(
+    config: MemoryConfig, of_model: MemorySettings, layer_types: Sequence[str], *, kv_channels: int = 1
+) -> MemorySettings:
     """The sizes a session runs with: the user's where given, else the model's.
 
     Args:
         config: what the user chose.
         of_model: the model's own sizes.
         layer_types: kinds of the model's layers, which say where blocks can be kept.
+        kv_channels: numbers in the key of a token, all heads of a layer together; for memory_layers="auto".
 
     Raises:
         ConfigError: the sizes contradict each other or the model.
     """
     names = (*FINGERPRINTED, "span_blocks")
     chosen = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if config.memory_layers == "auto":
+        chosen["memory_layers"] = _spread(of_model, 2 * kv_channels, config.kv_bytes_per_token)
     settings = replace(of_model, **chosen)
     check_settings(settings, list(layer_types))
     if settings.span_block_tokens > settings.window_tokens:
@@ -114,3 +126,18 @@ def resolve_settings(config: MemoryConfig, of_model: MemorySettings, layer_types
             f"Set retrieval='off', or span_blocks to 1 or more."
         )
     return settings
+
+
+def _spread(of_model: MemorySettings, numbers_a_token: int, budget_bytes: int) -> tuple[int, ...]:
+    """As many of the model's memory layers as a budget holds, evenly spaced."""
+    able, width = of_model.memory_layers, {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+    layer_bytes = numbers_a_token * width[of_model.storage_dtype]
+    if not able:
+        raise ConfigError("memory_layers is 'auto', and no layer of this model can keep blocks. Leave it out.")
+    count = min(len(able), budget_bytes // layer_bytes)
+    if not count:
+        raise ConfigError(
+            f"kv_bytes_per_token is {budget_bytes}; K/V of one layer of this model take {layer_bytes} bytes a token. "
+            f"Give at least that."
+        )
+    return tuple(able[(2 * i + 1) * len(able) // (2 * count)] for i in range(count))

@@ -34,7 +34,11 @@ class Feed:
         codec: encodes text.
         thread: where encoding runs.
         max_tokens: more than so many are refused.
+
+    `role` is who says it, where it becomes a turn of its own.
     """
+
+    role = "user"
 
     def __init__(self, x: Any, codec: TextCodec, thread: WorkerThread, *, max_tokens: int) -> None:
         self._source = as_pieces(x)
@@ -100,7 +104,7 @@ class Feed:
             yield _join(held)
 
     def _with_bos(self, piece: Piece) -> Piece:
-        if piece.text is None or self._codec.bos_token_id is None:
+        if piece.text is None or piece.framed or self._codec.bos_token_id is None:
             return piece
         return replace(piece, tokens=np.concatenate([np.array([self._codec.bos_token_id], np.int32), piece.tokens]))
 

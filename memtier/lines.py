@@ -115,7 +115,7 @@ class RememberedLine(Line):
         timeline = self._session.timeline
         self._refuse_silence(timeline.position)
         if self._prompt is not None:
-            turn = await timeline.begin_turn("user", self._manner)
+            turn = await timeline.begin_turn(self._prompt.role, self._manner)
             async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
                 async for step, last in steps:
                     await timeline.read(turn, step.tokens, self._manner, text=step.text, mark=last)

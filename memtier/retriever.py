@@ -23,7 +23,7 @@ from memtier.layers.landmarks import candidates, settle
 from memtier.tiers.device_pool import DevicePool, PoolKey
 from memtier.tiers.storage import StorageTier
 
-__all__ = ["OverlaySelector", "StorageSelector"]
+__all__ = ["OverlaySelector", "StorageSelector", "random_blocks", "recent_blocks"]
 
 
 class StorageSelector:
@@ -58,9 +58,9 @@ class StorageSelector:
             if self.mode == "on":
                 ids, scores = self._best(layer, queries.to("cpu", torch.float32), visible, k)
             elif self.mode == "recent":
-                ids, scores = _recent(visible, k)
+                ids, scores = recent_blocks(visible, k)
             else:
-                ids, scores = _random(layer, boundaries, visible, k)
+                ids, scores = random_blocks(layer, boundaries, visible, k)
         return ids, scores
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +161,8 @@ def _one(batched: torch.Tensor) -> torch.Tensor:
     return batched[0]
 
 
-def _recent(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def recent_blocks(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k newest blocks a boundary: ids and scores (1, R, k), as of `SpanSelector.select`."""
     first = (visible - k).clamp(min=0)[:, None]
     ids = first + torch.arange(k)
     there = ids < visible[:, None]
@@ -169,7 +170,9 @@ def _recent(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(there, ids, -1)[None], scores[None]
 
 
-def _random(layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_blocks(
+    layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest hashes a boundary; of layer, boundary and block alone, so nothing else moves it."""
     blocks = np.arange(int(visible.max()), dtype=np.uint64)
     rows = []

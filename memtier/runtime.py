@@ -98,7 +98,10 @@ class Runtime:
         try:
             self._weights: WeightsTier = await self._model_thread.run(self._load)
             model = self._weights.config
-            self._settings = resolve_settings(self._config, model.memory_settings(), model.layer_types or [])
+            self._settings = resolve_settings(
+                self._config, model.memory_settings(), model.layer_types or [],
+                kv_channels=model.num_key_value_heads * model.head_dim,
+            )  # fmt: skip
             self._weights.check_settings(self._settings)
             self._pool = await self._model_thread.run(self._make_pool)
             self._batcher = DecodeBatcher(self._model_thread, self._config.max_batch_sessions)
@@ -364,7 +367,10 @@ class Runtime:
         model, layers = self._weights.config, len(self._settings.memory_layers)
         item = torch.finfo(getattr(torch, self._settings.storage_dtype)).bits // 8
         kv = 2 * layers * model.num_key_value_heads * model.head_dim * item
-        log.info("%s keeps %d bytes of K/V a token in storage: %d MB a million tokens", self._weights.name, kv, kv)
+        log.info(
+            "%s keeps %d bytes of K/V a token in storage, of layers %s: %d MB a million tokens",
+            self._weights.name, kv, self._settings.memory_layers, kv,
+        )  # fmt: skip
 
     def _check_open(self) -> None:
         if self._task is None or self._closed:

@@ -1,7 +1,7 @@
 """A session: one line of tokens that a model remembers, and what a program may ask of it.
 
 Calls on one session take turns; a new one ends a generation that was left unfinished. Looking (`inspect`, `blocks`,
-`block`, `state`, `stats`) waits for no call.
+`block`, `state`, `stats`) waits for no call. Over 500 lines, half of them docstrings: it is all that a program may ask.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import pyarrow as pa
 import torch
 
 from memtier.blocks import MemoryHit, RetrievalMode
+from memtier.chat import ChatFeed
 from memtier.errors import ConfigError, SessionError
 from memtier.feed import Feed
 from memtier.folder import SessionFolder
@@ -163,22 +164,60 @@ class Session:
         Raises:
             ConfigError: an argument out of its range.
         """
+        feed = None
+        if prompt is not None:
+            feed = Feed(prompt, self._weights.codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
+        sampler = Sampler(temperature, top_p, top_k, seed)
+        return self._answer(feed, sampler, max_new_tokens, stop, remember, retrieval, self._weights.end_tokens)
+
+    def chat(
+        self, message: str, *, role: str = "user", system: str | None = None, max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (), temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
+        seed: int | None = None, remember: bool = True, retrieval: RetrievalMode | None = None,
+    ) -> Generation:  # fmt: skip
+        """Answer a message in the model's own chat template. As `generate`, but for:
+
+        Args:
+            message: what is said; the template's words are put around it, and the turn keeps the text as it is.
+            role: who says it, as the template knows it.
+            system: a system message, for the first message of a session only.
+
+        Raises:
+            ConfigError: no chat template, one that is not prefix-stable, or one that refuses the message.
+        """
+        self._check_open()
+        _check_label("role", role)
+        template, codec = self._weights.chat_template, self._weights.codec
+        feed = ChatFeed(
+            self.timeline, template, message, role, system, codec, self.model_thread,
+            max_tokens=self._config.max_turn_tokens,
+        )  # fmt: skip
+        ends = self._weights.end_tokens
+        if template.end_token is not None:
+            ends = ends | {template.end_token}
+        sampler = Sampler(temperature, top_p, top_k, seed)
+        return self._answer(feed, sampler, max_new_tokens, stop, remember, retrieval, ends)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if the model's tokenizer has a chat template."""
+        return bool(getattr(self._weights.codec.tokenizer, "chat_template", None))
+
+    def _answer(
+        self, feed: Feed | None, sampler: Sampler, max_new_tokens: int, stop: str | Sequence[str], remember: bool,
+        retrieval: RetrievalMode | None, end_tokens: frozenset[int],
+    ) -> Generation:  # fmt: skip
         self._check_open()
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
         if retrieval not in (None, "on", "off", "random", "recent"):
             raise ConfigError(f"retrieval is {retrieval!r}; it must be 'on', 'off', 'random', 'recent' or None.")
         codec = self._weights.codec
-        sampler = Sampler(temperature, top_p, top_k, seed)
-        feed = None
-        if prompt is not None:
-            feed = Feed(prompt, codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
         manner = Manner(retrieval or self._manner.retrieval, self._manner.span_blocks)
         line = (RememberedLine if remember else AsideLine)(self, feed, manner)
         generation = Generation(
-            line, codec, sampler, stop=check_stop(stop, codec), max_new_tokens=max_new_tokens,
-            end_tokens=self._weights.end_tokens,
-        )  # fmt: skip
+            line, codec, sampler, stop=check_stop(stop, codec), max_new_tokens=max_new_tokens, end_tokens=end_tokens
+        )
         line.on_end = generation.note_closed
         return generation
 

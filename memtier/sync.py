@@ -155,6 +155,15 @@ class SyncSession(_Blocking):
     def generate(self, *args: Any, **kwargs: Any) -> SyncGeneration:
         return SyncGeneration(self._portal.call(partial(self._inner.generate, *args, **kwargs)), self._portal)
 
+    @_signed_as(Session.chat)
+    def chat(self, *args: Any, **kwargs: Any) -> SyncGeneration:
+        return SyncGeneration(self._portal.call(partial(self._inner.chat, *args, **kwargs)), self._portal)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """See `Session.has_chat_template`."""
+        return self._inner.has_chat_template
+
 
 class SyncRuntime:
     """See `Runtime`; a plain context manager."""

@@ -21,11 +21,15 @@ MAX_HELD_TOKENS = 8
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens that came together; `text` is the original, None for ids; `text_bytes` its length in UTF-8."""
+    """Tokens that came together; `text` is the original, None for ids; `text_bytes` its length in UTF-8.
+
+    `framed` tokens bring their own special tokens: no BOS is put before them.
+    """
 
     tokens: NDArray[np.int32]
     text: str | None
     text_bytes: int
+    framed: bool = False
 
 
 def check_text(text: str, what: str = "text") -> str:
@@ -73,6 +77,15 @@ class TextCodec:
         ids = self.tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
+    @property
+    def begin_text(self) -> str:
+        """How a template writes BOS; '' if there is none."""
+        return str(getattr(self.tokenizer, "bos_token", None) or "")
+
+    def special_text(self, token: int) -> str:
+        """How a template writes a special token; '' for any other token."""
+        return self.tokenizer.convert_ids_to_tokens(token) if self.is_special(token) and self.tokenizer else ""
+
     def decode(self, ids: Sequence[int] | NDArray[np.int32]) -> str:
         """Text of token ids, special tokens left out; '' without a tokenizer."""
         if self.tokenizer is None:
@@ -113,6 +126,8 @@ class TextCodec:
         Raises:
             ConfigError: none of these, or invalid.
         """
+        if isinstance(value, Piece):
+            return value
         if isinstance(value, (bytes, bytearray, memoryview)):
             value = _decode_utf8(bytes(value))
         if isinstance(value, str):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
-from memtier.errors import ConfigError
+from memtier.errors import ConfigError, ModelError
 from memtier.layers.landmarks import search_queries
 from memtier.layers.memories import LayerMemory, attention_shares, sink_step, span_step
 from memtier.layers.plan import StepPlan
@@ -18,8 +19,9 @@ from memtier.layers.positions import Sources, rotate_sources
 from memtier.layers.rotary import RotaryTable
 from memtier.layers.state import AttentionState, extend, roll
 from memtier_kernels import Band, span_attention
+from memtier_kernels.span_attention.sources import SOURCES
 
-__all__ = ["attend", "reach"]
+__all__ = ["attend", "check_keys", "reach"]
 
 
 def reach(settings) -> int:
@@ -42,6 +44,8 @@ def attend(
     rotary: RotaryTable | None,
     scale: float,
     local_tokens: int | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, AttentionState]:
     """Read a step in one layer.
 
@@ -51,6 +55,8 @@ def attend(
         scale: of the scores.
         local_tokens: the layer's own sliding window: each token sees itself and the `local_tokens - 1` before it at
             most, and nothing farther. None: the layer may see all that is remembered.
+        softcap: scores s become ``softcap * tanh(s / softcap)``.
+        sink_logits: (H,), scores of a sink of the model's own, which takes attention and gives nothing.
 
     Returns:
         (B, T, H, D), and the state after the step.
@@ -69,8 +75,16 @@ def attend(
         )
     tokens = q.shape[1]
     changes: dict[str, torch.Tensor] = {}
-    keys, changes["keys"] = extend(carried.keys, k)
-    values, changes["values"] = extend(carried.values, v)
+    # a first step that stays inside the window is plain causal attention over itself
+    whole = (local_tokens is None or local_tokens >= tokens) and softcap is None and sink_logits is None
+    short = settings.widened or tokens <= settings.window_tokens
+    plain = plan.start == 0 and isinstance(plan.origin, int) and plan.lo[-1] == 0 and short and whole
+    if plain:
+        keys, values = k, v
+        changes["keys"], changes["values"] = roll(carried.keys, k), roll(carried.values, v)
+    else:
+        keys, changes["keys"] = extend(carried.keys, k)
+        values, changes["values"] = extend(carried.values, v)
     prefix = keys.shape[1] - tokens
 
     span, span_ids = None, None
@@ -86,6 +100,13 @@ def attend(
     sinks, sink_changes = sink_step(plan, carried, k, v)
     changes.update(sink_changes)
 
+    if plain:
+        mass = torch.zeros_like(carried.mass)
+        mass[:, SOURCES.index("window")] = 1.0
+        if span_ids is not None:
+            changes["span_mass"] = mass.new_zeros(span_ids.shape[0], span_ids.shape[2])
+        check_keys(k, layer)
+        return _causal(q, k, v, rotary, scale), replace(carried, **changes, mass=mass)
     place = torch.arange(tokens, device=q.device)
     start = plan.lo_token
     if local_tokens is not None:
@@ -105,6 +126,43 @@ def attend(
         sinks=sources.sinks,
         span=sources.span,
         scale=scale,
+        softcap=softcap,
     )
-    changes.update(attention_shares(far_q, result, sources.span, changes.get("span_ids"), scale))
-    return result.out.to(q.dtype), replace(carried, **changes)
+    out = result.out
+    if sink_logits is not None:
+        out = out * torch.sigmoid(result.lse - sink_logits.to(result.lse.dtype))[..., None].to(out.dtype)
+    shares = attention_shares(
+        far_q, result, sources.span, changes.get("span_ids"), scale, softcap=softcap, sink_logits=sink_logits
+    )
+    changes.update(shares)
+    return out.to(q.dtype), replace(carried, **changes)
+
+
+def check_keys(k: torch.Tensor, layer: int) -> None:
+    """Plain attention on a CPU makes zeros of scores that are not numbers, so the logits would not show them.
+
+    Raises:
+        ModelError
+    """
+    if k.is_cpu and not bool(k.isfinite().all()):
+        raise ModelError(
+            f"layer {layer} made non-finite keys. The model's weights or its input overflow; the cache must not be "
+            f"used further."
+        )
+
+
+def _causal(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: RotaryTable | None, scale: float
+) -> torch.Tensor:
+    """Each token sees itself and those before it; shapes as of `attend`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if rotary is not None:
+        cos, sin = (t.chunk(2, dim=-1)[0] for t in rotary(torch.arange(q.shape[2], device=q.device), q.dtype))
+
+        def turn(x: torch.Tensor) -> torch.Tensor:
+            left, right = x.chunk(2, dim=-1)
+            return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+        q, k = turn(q), turn(k)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -333,6 +333,9 @@ def attention_shares(
     span: Paged | Band | None,
     span_ids: torch.Tensor | None,
     scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Where the attention of a step went, as those fields of AttentionState that report it.
 
@@ -340,23 +343,29 @@ def attention_shares(
         far_q: (B, T, H, D), as the queries met the span.
         span_ids: (B, K), the last group's new ones; None if they did not change.
         scale: of the scores; None for D ** -0.5.
+        softcap: see `span_attention`.
+        sink_logits: (H,), of a sink that holds no value; what it takes is missing from the sum of the shares.
     """
+    lse = result.lse if sink_logits is None else torch.logaddexp(result.lse, sink_logits.to(result.lse.dtype))
     none = torch.full_like(result.lse, float("-inf"))
     parts = torch.stack([result.parts.get(source, none) for source in SOURCES], dim=-1)
-    shares = {"mass": (parts - result.lse[..., None]).exp().mean((1, 2))}
+    shares = {"mass": (parts - lse[..., None]).exp().mean((1, 2))}
     if isinstance(span, Paged):
-        shares["span_mass"] = block_mass(far_q[:, -1], result.lse[:, -1], span, scale)
+        shares["span_mass"] = block_mass(far_q[:, -1], lse[:, -1], span, scale, softcap)
     elif span_ids is not None:
         shares["span_mass"] = result.lse.new_zeros(span_ids.shape)
     return shares
 
 
-def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | None = None) -> torch.Tensor:
+def block_mass(
+    q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | None = None, softcap: float | None = None
+) -> torch.Tensor:
     """The share of one token's softmax that went to each block of the last table row, mean over heads.
 
     Args:
         q: (B, H, D), as it met the span; lse: (B, H), log-sum-exp of its whole row.
         scale: of the scores; None for D ** -0.5.
+        softcap: see `span_attention`.
 
     Returns:
         (B, K), 0 where there is no block.
@@ -372,6 +381,8 @@ def block_mass(q: torch.Tensor, lse: torch.Tensor, span: Paged, scale: float | N
     if span.mask is not None:
         hidden = hidden | ~span.mask[:, -1]
     scores = torch.einsum("bgjd,bngd->bgjn", q.unflatten(1, (kv_heads, -1)) * factor, keys).flatten(1, 2)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     share = (scores.to(lse.dtype) - lse[..., None]).exp().masked_fill(hidden.flatten(1)[:, None], 0.0)
     return share.mean(1).unflatten(-1, (table.shape[1], block)).sum(-1)
 

@@ -13,17 +13,20 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
+from memtier.chat_template import ChatTemplate
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError
 from memtier.models.adapters import Adapter, AdapterSet, read_adapter
@@ -73,12 +76,11 @@ class WeightsTier:
         self.name = name
         self._was_training = model.training
         model.eval()
-        first = next(model.parameters())
-        self.device, self.dtype = first.device, first.dtype
+        self.device, self.dtype = _execution_device(model), model.dtype
         self.fingerprint = _fingerprint(model, codec.tokenizer)
         self._size = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
-        end = self.config.eos_token_id
-        self.end_tokens = frozenset([end] if isinstance(end, int) else end or ())
+        ends = self.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)
+        self.end_tokens = frozenset(t for end in ends for t in ([end] if isinstance(end, int) else end or ()))
 
     @classmethod
     @torch.inference_mode(False)
@@ -114,8 +116,12 @@ class WeightsTier:
             try:
                 loaded, given = copy.deepcopy(loaded) if given else loaded, False
                 loaded = loaded.to(device=wanted_device, dtype=wanted_dtype)  # pyright: ignore[reportCallIssue]
-            except (RuntimeError, AssertionError) as error:
-                raise ConfigError(f"device {device!r} cannot take the model: {error}. Try device='cpu'.") from error
+            except (RuntimeError, AssertionError, ValueError) as error:
+                # a ValueError is transformers' word for quantised models, which stay where and as they are
+                raise ConfigError(
+                    f"device {device!r} and dtype {dtype!r} cannot take the model: {error}. Try device='cpu', and "
+                    f"'auto' for a model that is quantised or has a device map."
+                ) from error
         if isinstance(tokenizer, (str, Path)):
             tokenizer = _tokenizer(str(tokenizer))
         text = loaded.config.get_text_config()
@@ -195,6 +201,15 @@ class WeightsTier:
             ModelError: logits of some row that are not finite.
         """
         return self._logits(torch.tensor(tokens)[:, None], cache, 1)[:, 0]
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """What turns add in the model's own words.
+
+        Raises:
+            ConfigError: it has no template, or one that is not prefix-stable.
+        """
+        return ChatTemplate(self.codec.tokenizer)
 
     def check_settings(self, settings: MemorySettings) -> None:
         """Refuse sizes that a stock model was not trained for; a B'MOJO model has checked its own.
@@ -324,6 +339,21 @@ def _device(device: str, loaded: PreTrainedModel, given: bool) -> torch.device:
     return wanted
 
 
+def _execution_device(model: PreTrainedModel) -> torch.device:
+    """Where a model computes.
+
+    Raises:
+        ConfigError: on several devices.
+    """
+    devices = {p.device for p in model.parameters() if not p.is_meta}
+    if len(devices) != 1:
+        raise ConfigError(
+            f"the model's layers lie on {', '.join(sorted(map(str, devices))) or 'no device'}; a session is read on "
+            f"one device. Load it with device_map='cuda:0', or with layers offloaded to 'cpu' or 'disk'."
+        )
+    return devices.pop()
+
+
 def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
@@ -331,7 +361,7 @@ def _digest(data: bytes) -> str:
 def _fingerprint(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_FINGERPRINTED}
     tensors = dict(model.named_parameters())
-    picked = [_sample(tensor) for tensor in tensors.values()]
+    picked = [_sample(_held(model, name, tensor)) for name, tensor in tensors.items()]
     return {
         "config": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
         "tensors": _digest(json.dumps([(name, tuple(t.shape)) for name, t in tensors.items()]).encode()),
@@ -340,6 +370,20 @@ def _fingerprint(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
         "tokenizer": _tokenizer_digest(tokenizer),
         "adapter": NO_ADAPTER,
     }
+
+
+def _held(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter's values, also where a device map keeps them in host memory or on disk, or they are quantised."""
+    if tensor.is_meta:
+        module, _, last = name.rpartition(".")
+        kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
+        if kept is None:
+            raise ConfigError(
+                f"parameter {name} is on the meta device and holds nothing. Load the model's weights first."
+            )
+        return kept[last]
+    # a tensor of torchao knows few operations
+    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

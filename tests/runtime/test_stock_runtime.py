@@ -95,3 +95,31 @@ async def test_a_store_of_one_model_is_not_read_by_another(open_store, llama, mo
     with pytest.raises(IncompatibleMemoryError):
         async with open_store("store", model=model) as runtime:
             await runtime.session("a")
+
+
+async def test_layers_are_chosen_within_a_budget_and_the_estimate_is_told(open_store, llama, caplog):
+    """One layer takes 2 heads of 8 channels, twice, in 16 bits: 64 bytes a token."""
+    caplog.set_level("INFO", logger="memtier")
+    for budget, layers, told in ((64, (1,), 64), (128, (0, 1), 128), (10_000, (0, 1), 128)):
+        auto = {"memory_layers": "auto", "kv_bytes_per_token": budget}
+        async with open_store(f"auto-{budget}", model=llama, **SIZES, **auto) as runtime:
+            assert runtime._settings.memory_layers == layers
+        assert f"keeps {told} bytes of K/V a token in storage, of layers {layers}" in caplog.text
+    with pytest.raises(ConfigError, match="64 bytes"):
+        async with open_store("none", model=llama, **SIZES, memory_layers="auto", kv_bytes_per_token=63):
+            pass
+
+
+def test_layers_within_a_budget_are_evenly_spaced():
+    layout = StockReader(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=8, hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=8,
+                max_position_embeddings=64,
+            )
+        )
+    ).layout  # fmt: skip
+    for count, layers in ((1, (6,)), (3, (2, 6, 10)), (4, (1, 4, 7, 10)), (12, tuple(range(12)))):
+        config = memtier.MemoryConfig(memory_layers="auto", kv_bytes_per_token=64 * count)
+        chosen = resolve_settings(config, layout.memory_settings(), layout.layer_types, kv_channels=16)
+        assert chosen.memory_layers == layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,6 +38,7 @@ def span_attention(
     q_far: torch.Tensor | None = None,
     group: torch.Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     impl: Impl = "auto",
 ) -> SpanAttentionOutput:
     """One softmax over the union of the sources; equals attention over their concatenation.
@@ -48,6 +50,7 @@ def span_attention(
         q_far: (B, T, H, D) queries for sinks, eidetic and span; None for q.
         group: (T,) int64, ascending: the table row of each query; None if there is one row.
         scale: of the scores; None for D ** -0.5.
+        softcap: scores s become ``softcap * tanh(s / softcap)``; None leaves them.
 
     A row that sees no key at all has out = 0 and lse = -inf. An absent source (None) equals an empty one.
     """
@@ -59,7 +62,11 @@ def span_attention(
         limit = f"its kernel takes float32 heads of up to 128 channels, and got {q.shape[-1]}"
     elif factor <= 0:
         limit = f"its kernel takes a positive scale, and got {factor}"
+    elif softcap is not None:
+        limit = "its kernel takes no soft cap of scores"
     plain = reference.span_attention if not torch.compiler.is_compiling() else custom_op.span_attention_reference
+    if softcap is not None:
+        plain = partial(reference.span_attention, softcap=softcap)
     run = choose("span_attention", impl, q, reference=plain, triton=custom_op.span_attention, limit=limit)
     sources = {"sinks": sinks, "span": span, "eidetic": eidetic, "fading": fading, "window": window}
     out, lse, parts = run(q, q if q_far is None else q_far, sources, group, factor)

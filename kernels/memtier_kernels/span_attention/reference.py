@@ -24,6 +24,7 @@ def span_attention(
     sources: dict[str, Band | Paged | None],
     group: torch.Tensor | None,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """See `memtier_kernels.span_attention`."""
     results = {}
@@ -32,9 +33,9 @@ def span_attention(
             continue
         queries = q if name in ("window", "fading") else q_far
         if isinstance(source, Band):
-            results[name] = band_attention(queries, source, scale)
+            results[name] = band_attention(queries, source, scale, softcap)
         else:
-            results[name] = paged_attention(queries, source, group, scale)
+            results[name] = paged_attention(queries, source, group, scale, softcap)
     if not results:
         nothing = torch.full(q.shape[:3], float("-inf"), dtype=compute_dtype(q.dtype), device=q.device)
         return torch.zeros_like(q), nothing, {}
@@ -77,12 +78,14 @@ class _PartialAttention(torch.autograd.Function):
 
 
 def _partial(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial attention: out (..., Q, D) and lse (..., Q)."""
     if k.shape[-2] == 0:
         nothing = torch.full(q.shape[:-1], float("-inf"), dtype=compute_dtype(q.dtype), device=q.device)
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), nothing
+    if softcap is not None:
+        return _capped(q, k, v, hidden, softcap)
     if q.device.type == "cpu" and not _wants_gradient(q, k, v):
         return _flash_on_cpu(q, k, v, hidden)
     with torch.autocast(q.device.type, enabled=False):
@@ -92,6 +95,17 @@ def _partial(
 
 def _wants_gradient(*inputs: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of scores that saturate at `softcap`, step by step: no fused attention takes them."""
+    scores = softcap * ((q @ k.transpose(-1, -2)).to(compute_dtype(q.dtype)) / softcap).tanh()
+    lse = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    shift = lse.masked_fill(lse == float("-inf"), 0.0)
+    weights = (scores - shift[..., None]).exp().masked_fill(hidden, 0.0)
+    return weights.to(v.dtype) @ v, lse
 
 
 def _flash_on_cpu(
@@ -114,7 +128,9 @@ def _flash_on_cpu(
     return out.reshape(q.shape), lse.reshape(q.shape[:-1]).masked_fill(empty, float("-inf"))
 
 
-def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def band_attention(
+    q: torch.Tensor, band: Band, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial attention over a band.
 
     Returns:
@@ -136,7 +152,7 @@ def band_attention(q: torch.Tensor, band: Band, scale: float) -> tuple[torch.Ten
         queries = q_BGJTD[:, :, :, first:last].unflatten(3, (chunks, per_chunk)).permute(0, 3, 1, 2, 4, 5)
         queries = queries.reshape(batch * chunks, kv_heads, repeat * per_chunk, size)
         keys, values = (_chunked(x, low, width, chunks) for x in (k_BGnD, v_BGnD))
-        out, lse = _partial(queries, keys, values, hidden.repeat(1, 1, repeat, 1))
+        out, lse = _partial(queries, keys, values, hidden.repeat(1, 1, repeat, 1), softcap)
         out = out.reshape(batch, chunks, kv_heads, repeat, per_chunk, size).permute(0, 1, 4, 2, 3, 5)
         outs.append(out.reshape(batch, last - first, heads, size))
         lse = lse.reshape(batch, chunks, kv_heads, repeat, per_chunk).permute(0, 1, 4, 2, 3)
@@ -188,7 +204,7 @@ def _chunked(x_BGnD: torch.Tensor, low: int, width: int, chunks: int) -> torch.T
 
 
 def paged_attention(
-    q: torch.Tensor, source: Paged, group: torch.Tensor | None, scale: float
+    q: torch.Tensor, source: Paged, group: torch.Tensor | None, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Partial attention over a pool by table: the queries of a group share one gather.
 
@@ -235,7 +251,7 @@ def paged_attention(
     hidden = hidden.reshape(batch, rows, 1, 1, blocks * block)
 
     queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
-    out, lse = _partial(queries, keys.transpose(2, 3), values.transpose(2, 3), hidden)
+    out, lse = _partial(queries, keys.transpose(2, 3), values.transpose(2, 3), hidden, softcap)
     out = out.reshape(batch, rows, kv_heads, repeat, per_row, size).permute(0, 1, 4, 2, 3, 5)
     lse = lse.reshape(batch, rows, kv_heads, repeat, per_row).permute(0, 1, 4, 2, 3)
     out = out.reshape(batch, rows * per_row, heads, size)[:, place]

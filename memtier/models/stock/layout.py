@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from memtier.blocks import MemorySettings
 from memtier.errors import ConfigError
@@ -13,7 +14,8 @@ from memtier.layers.attention import reach
 from memtier.layers.bmojo import MixerState
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.state import empty_attention_state
-from memtier.models.stock.rotary import StockRotary
+from memtier.models.stock.interface import attention_modules
+from memtier.models.stock.rotary import StockRotary, find_rotaries
 
 __all__ = ["StockLayout"]
 
@@ -27,7 +29,8 @@ class StockLayout:
 
     Args:
         local_tokens: the sliding window of each layer, None for a layer that attends to everything.
-        rotary: the model's.
+        kinds: the type of each layer.
+        rotaries: of each layer, None for a layer without positions.
     """
 
     model_type: str
@@ -35,18 +38,32 @@ class StockLayout:
     num_key_value_heads: int
     head_dim: int
     local_tokens: tuple[int | None, ...]
-    rotary: StockRotary
+    kinds: tuple[str, ...]
+    rotaries: tuple[StockRotary | None, ...]
     dtype: torch.dtype
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
 
     @classmethod
-    def of(cls, config: Any, rotary: StockRotary, kv_heads: int, head_dim: int, dtype: torch.dtype) -> StockLayout:
-        """Read off a transformers config.
+    def of(cls, model: nn.Module) -> StockLayout:
+        """Read off a model of transformers; one on the meta device will do.
 
         Raises:
-            ConfigError: a layer is neither full nor sliding-window attention.
+            ConfigError: it is no model that can be given a memory; the message says why.
         """
+        config: Any = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        modules = attention_modules(model)
+        if not getattr(model, "_supports_attention_backend", False) or len(modules) != config.num_hidden_layers:
+            raise ConfigError(
+                f"{config.model_type} does not take an attention function for each of its layers (transformers' "
+                f"attention interface), so it cannot be given a memory. Use a causal language model that does."
+            )
+        head_dim: set[Any] = {m.head_dim for m in modules if hasattr(m, "head_dim")}
+        if len(head_dim) != 1:
+            found = ", ".join(map(str, sorted(head_dim))) or "unknown"
+            raise ConfigError(f"{config.model_type} has heads of size {found}; one size for all layers is supported.")
+        size = head_dim.pop()
+        kv_heads = config.num_attention_heads // getattr(modules[0], "num_key_value_groups", 1)
         layers, sliding = config.num_hidden_layers, getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         if kinds is None:
@@ -56,9 +73,10 @@ class StockLayout:
                 f"{config.model_type} has layers of type {', '.join(other)}; a memory can be given to models whose "
                 f"layers are all full_attention or sliding_attention."
             )
+        rotaries = find_rotaries(model, config, kinds, modules, size)
         local = tuple(sliding if kind == "sliding_attention" else None for kind in kinds)
         return cls(
-            config.model_type, config.vocab_size, kv_heads, head_dim, local, rotary, dtype,
+            config.model_type, config.vocab_size, kv_heads, size, local, tuple(kinds), rotaries, model.dtype,  # pyright: ignore
             config.bos_token_id, config.eos_token_id,
         )  # fmt: skip
 
@@ -72,13 +90,19 @@ class StockLayout:
         """As the config of a B'MOJO model names attention without a fading memory."""
         return ["sliding_attention"] * self.num_hidden_layers
 
+    @property
+    def trained_tokens(self) -> int | None:
+        """No distance may reach this; None if nothing is known."""
+        known = [r.trained_tokens for r in self.rotaries if r is not None and r.trained_tokens is not None]
+        return min(known, default=None)
+
     def memory_settings(self) -> MemorySettings:
         """Sizes under which no distance exceeds what the model was trained on.
 
         Raises:
             ConfigError: the trained context is too short for any.
         """
-        trained = self.rotary.trained_tokens or 2 * LONGEST_WINDOW
+        trained = self.trained_tokens or 2 * LONGEST_WINDOW
         block = BLOCK_TOKENS
         while block > 1 and 8 * block > trained:
             block //= 2
@@ -114,7 +138,7 @@ class StockLayout:
                 f'far_positions is "{settings.far_positions}"; {self.model_type} was trained on rotated keys at '
                 f'distances of its context, and must see no others. Use "compact".'
             )
-        spread, trained = reach(settings), self.rotary.trained_tokens
+        spread, trained = reach(settings), self.trained_tokens
         if trained is not None and spread > trained:
             raise ConfigError(
                 f"window, block, refresh stride, sinks and span spread over {spread} tokens, and {self.model_type} "

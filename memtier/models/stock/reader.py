@@ -12,15 +12,13 @@ positions, an extra bias or a norm after the rotation is refused, not read wrong
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from memtier.cache import LayerState, TieredCache
 from memtier.decode_cache import DecodeCache
@@ -28,14 +26,14 @@ from memtier.errors import ConfigError, ModelError
 from memtier.layers.attention import attend
 from memtier.layers.bmojo import MixerState
 from memtier.layers.plan import StepPlan
+from memtier.models.stock.interface import IMPLEMENTATION, AttentionCall, LayerReader
+from memtier.models.stock.lane import DecodeLane, lane_of
 from memtier.models.stock.layout import StockLayout
-from memtier.models.stock.rotary import StockRotary, find_rotary
+from memtier.models.stock.rotary import StockRotary
+from memtier.models.stock.trial import try_rotations
 
-__all__ = ["IMPLEMENTATION", "StockReader"]
+__all__ = ["StockReader"]
 
-IMPLEMENTATION = "memtier"
-# arguments by which a model changes its scores; None or 0 where it does not
-REFUSED = ("softcap", "s_aux", "position_bias", "alibi", "head_mask")
 PROBE_TOKENS = 12
 
 
@@ -51,22 +49,9 @@ class StockReader:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        config: Any = model.config.get_text_config()
-        modules = _attention_modules(model)
-        if not getattr(model, "_supports_attention_backend", False) or len(modules) != config.num_hidden_layers:
-            raise ConfigError(
-                f"{config.model_type} does not take an attention function for each of its layers (transformers' "
-                f"attention interface), so it cannot be given a memory. Use a causal language model that does."
-            )
-        head_dim: set[Any] = {m.head_dim for m in modules if hasattr(m, "head_dim")}
-        if len(head_dim) != 1:
-            found = ", ".join(map(str, sorted(head_dim))) or "unknown"
-            raise ConfigError(f"{config.model_type} has heads of size {found}; one size for all layers is supported.")
-        size = head_dim.pop()
-        self.rotary = find_rotary(model, config, size)
-        kv_heads = config.num_attention_heads // getattr(modules[0], "num_key_value_groups", 1)
-        self.layout = StockLayout.of(config, self.rotary, kv_heads, size, model.dtype)
-        self._probe(modules)
+        self._config: Any = model.config.get_text_config()
+        self.layout = StockLayout.of(model)
+        self._probe()
 
     @torch.no_grad()
     def __call__(
@@ -92,8 +77,27 @@ class StockReader:
             ModelError: keys, values or logits that are not finite; the cache must not be used further.
         """
         cache = past_key_values
+        lane = None
+        if input_ids.shape[1] == 1 and not marks and isinstance(cache, TieredCache):
+            lane = lane_of(cache, self.layout.rotaries, self.layout.local_tokens)
+        if lane is not None:
+            output = self._forward(input_ids, logits_to_keep, _LaneStep(lane, self.layout.rotaries))
+            lane.commit()
+            output.past_key_values = cache
+            return output
         plan = cache.plan(input_ids.shape[1], marks, input_ids.device)
-        step = _Step(plan, cache, self.rotary)
+        step = _Step(plan, cache, self.layout.rotaries)
+        output = self._forward(input_ids, logits_to_keep, step)
+        cache.advance(plan, step.finished())
+        output.past_key_values = cache
+        return output
+
+    def _forward(self, input_ids: torch.Tensor, logits_to_keep: int, step: LayerReader) -> Any:
+        """The model's forward pass, its attention read by `step`.
+
+        Raises:
+            ModelError: logits that are not finite.
+        """
         with self._our_attention():
             output = self.model(
                 input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False,
@@ -101,64 +105,53 @@ class StockReader:
             )  # fmt: skip
         if not bool(output.logits.isfinite().all()):
             raise ModelError(
-                f"the model gave non-finite logits in the {input_ids.shape[1]} tokens from {plan.start} on. "
-                "Its weights or its input overflow; the cache must not be used further."
+                f"the model gave non-finite logits in a step of {input_ids.shape[1]} tokens. Its weights or its input "
+                "overflow; the cache must not be used further."
             )
-        cache.advance(plan, step.finished())
-        output.past_key_values = cache
         return output
 
     @contextmanager
     def _our_attention(self) -> Iterator[None]:
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
+        # the layers ask their config at each call; model.set_attn_implementation would walk all modules
+        before = self._config._attn_implementation
+        self._config._attn_implementation = IMPLEMENTATION
         try:
             yield
         finally:
-            self.model.set_attn_implementation(before or "eager")
+            self._config._attn_implementation = before or "eager"
 
     @torch.no_grad()
-    def _probe(self, modules: list[nn.Module]) -> None:
-        """Compare with the model's own attention on a few tokens: the logits, and in 16 bits each layer by itself."""
+    def _probe(self) -> None:
+        """Compare with the model's own attention on a few tokens: the logits, and each layer's rotation."""
         was_training = self.model.training
         self.model.eval()
         settings = self.layout.memory_settings()
         tokens = min(PROBE_TOKENS, settings.window_tokens)
         ids = (torch.arange(tokens, device=self.model.device) * 7 + 3)[None] % self.layout.vocab_size
         window = replace(settings, memory_layers=())
-
-        def cache(dtype: torch.dtype) -> TieredCache:
-            return TieredCache(self.layout, settings=window, device=self.model.device, dtype=dtype)
-
+        held = TieredCache(self.layout, settings=window, device=self.model.device, dtype=self.layout.dtype)
         try:
-            with _calls(modules) as own:
-                wanted = self.model(input_ids=ids, use_cache=False).logits
-            with _calls(modules) as ours:
-                got = self(ids, cache(self.layout.dtype)).logits
-            full = self.layout.dtype in (torch.float32, torch.float64)
+            # a quantised model rounds its activations by what else is in the step
+            quantised = bool(getattr(self.model, "is_quantized", False))
+            full = self.layout.dtype in (torch.float32, torch.float64) and not quantised
+            # in two pieces, so that what is carried is tried too
+            cut = -(-2 * tokens // 3)
+            wanted = self.model(input_ids=ids, use_cache=False).logits
+            got = torch.cat([self(piece, held).logits for piece in ids.split(cut, dim=1)], dim=1)
             # rounding, which grows with depth
             self._expect(got, wanted, 2e-3 if full else 0.1)
-            if full:
-                return
-            # 16 bits round so much that a mistake could hide: each attention alone, on the same input, in float32; what
-            # is left is that the model's own cosines come in its dtype
-            allowed = 1e-2 if self.layout.dtype == torch.bfloat16 else 2e-3
-            plan = cache(torch.float32).plan(tokens, (), ids.device)
-            for layer, module in enumerate(modules):
-                alone: Any = copy.deepcopy(module).float()
-                wanted = alone(*own[layer][0], **own[layer][1])[0]
-                alone.config._attn_implementation = IMPLEMENTATION
-                args, named = ours[layer]
-                named = {**named, "memtier_step": _Step(plan, cache(torch.float32), self.rotary)}
-                if "hidden_states" in named:
-                    named["hidden_states"] = own[layer][1]["hidden_states"]
-                else:
-                    args = own[layer][0][:1] + args[1:]
-                self._expect(alone(*args, **named)[0], wanted, allowed)
+            with self._our_attention():
+                # what 16 bits and inner norms could hide from the logits is seen here
+                try_rotations(self.layout, self._observed)
         except ModelError as error:
             raise ConfigError(f"{self.layout.model_type} cannot be given a memory: {error}") from error
         finally:
             self.model.train(was_training)
+
+    def _observed(self, positions: torch.Tensor, observer: LayerReader) -> None:
+        device = self.model.device
+        ids = (torch.arange(positions.shape[1], device=device) * 7 + 3)[None] % self.layout.vocab_size
+        self.model(input_ids=ids, position_ids=positions.to(device), use_cache=False, memtier_step=observer)
 
     def _expect(self, got: torch.Tensor, wanted: torch.Tensor, allowed: float) -> None:
         off = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
@@ -170,57 +163,32 @@ class StockReader:
             )
 
 
-@contextmanager
-def _calls(modules: list[nn.Module]) -> Iterator[dict[int, tuple[tuple, dict[str, Any]]]]:
-    """The arguments that each module is called with, by its place in the list, tensors in float32."""
-    calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
-
-    def note(place: int) -> Any:
-        def hook(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
-            calls[place] = _widened(args), _widened(named)
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(note(i), with_kwargs=True) for i, m in enumerate(modules)]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _widened(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _widened(v) for name, v in value.items()}
-    return tuple(_widened(v) for v in value) if isinstance(value, tuple) else value
-
-
 class _Step:
     """One forward pass: what the attention function finds among its arguments."""
 
-    def __init__(self, plan: StepPlan, cache: TieredCache | DecodeCache, rotary: StockRotary) -> None:
-        self._plan, self._cache, self._rotary = plan, cache, rotary
+    def __init__(
+        self, plan: StepPlan, cache: TieredCache | DecodeCache, rotaries: Sequence[StockRotary | None]
+    ) -> None:
+        self._plan, self._cache, self._rotaries = plan, cache, rotaries
         self._states = cache.states
         self._after: dict[int, LayerState] = {}
-        self._order = rotary.channel_order
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
-        local_tokens: int | None, rotated: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        """(B, T, H, D), from q (B, T, H, D) and k, v (B, T, G, D)."""
-        state = self._states[layer]
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """(B, T, H, D), from queries and keys that were turned to position 0."""
+        if call.mask is not None:
+            raise ModelError("attention with memory takes no mask here: give rows of one length, without padding.")
+        if call.layer in self._after:
+            raise ModelError(f"layer {call.layer} attends twice in one pass, which is not supported.")
+        state = self._states[call.layer]
         assert isinstance(state, MixerState)
-        if self._order is not None:
-            order = self._order.to(q.device)
-            q, k = q[..., order], k[..., order]
+        rotary = self._rotaries[call.layer]
+        q, k = (x if rotary is None else rotary.in_order(x) for x in (call.q, call.k))
         out, after = attend(
-            q, k, v, self._plan, state.attention, self._cache, layer=layer,
-            rotary=self._rotary if rotated else None, scale=scale, local_tokens=local_tokens,
+            q, k, call.v, self._plan, state.attention, self._cache, layer=call.layer,
+            rotary=rotary, scale=call.scale, local_tokens=call.local_tokens, softcap=call.softcap,
+            sink_logits=call.sink_logits,
         )  # fmt: skip
-        self._after[layer] = MixerState(after, None)
+        self._after[call.layer] = MixerState(after, None)
         return out
 
     def finished(self) -> list[LayerState]:
@@ -231,54 +199,15 @@ class _Step:
         return [self._after[layer] for layer in range(len(self._states))]
 
 
-def memory_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    memtier_step: _Step | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function "memtier" of transformers' interface.
+class _LaneStep:
+    """One token on the fast lane."""
 
-    Args:
-        query: (B, H, T, D); key, value: (B, G, T, D): after the rotation of position 0.
+    def __init__(self, lane: DecodeLane, rotaries: Sequence[StockRotary | None]) -> None:
+        self._lane, self._rotaries = lane, rotaries
 
-    Returns:
-        (B, T, H, D), and no attention weights.
-
-    Raises:
-        ModelError: it was called by something else than a `StockReader`, or with a mask or dropout.
-        ConfigError: the model changes its scores in a way that is not supported.
-    """
-    if memtier_step is None:
-        raise ModelError(
-            "the attention implementation 'memtier' works in memtier's own forward pass only. Read through memtier, or "
-            "call model.set_attn_implementation('sdpa')."
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """(B, 1, H, D), from queries and keys that were turned to position 0."""
+        rotary = self._rotaries[call.layer]
+        return self._lane.attend(
+            call if rotary is None else call.turned(rotary.in_order(call.q), rotary.in_order(call.k))
         )
-    if attention_mask is not None or dropout:
-        raise ModelError("attention with memory takes no mask (no padding) and no dropout: put the model in eval mode.")
-    if used := [name for name in REFUSED if kwargs.get(name) is not None]:
-        raise ConfigError(f"the model changes its attention scores by {', '.join(used)}, which is not supported.")
-    if key.shape[-1] != value.shape[-1] or key.shape[-1] != query.shape[-1]:
-        raise ConfigError("the model has values of another size than its keys, which is not supported.")
-    out = memtier_step.attend(
-        module.layer_idx,  # pyright: ignore[reportArgumentType]
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        local_tokens=sliding_window,
-        rotated=bool(getattr(module, "use_rope", True)),
-    )
-    return out, None
-
-
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")]
-
-
-AttentionInterface.register(IMPLEMENTATION, memory_attention)

@@ -32,10 +32,11 @@ from memtier.layers.bmojo import MixerState
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.plan import StepPlan
 from memtier.layers.state import empty_attention_state
+from memtier.models.stock.interface import AttentionCall, attention_modules, memory_attention
 from memtier.models.stock.layout import StockLayout
-from memtier.models.stock.reader import StockReader, memory_attention
+from memtier.models.stock.reader import StockReader
 from memtier.models.stock.recurrent_trial import CACHE_NAMES, attention_off, needs_single_tokens
-from memtier.models.stock.rotary import StockRotary, find_rotary
+from memtier.models.stock.rotary import StockRotary, find_rotaries
 
 __all__ = ["HybridLayout", "HybridReader", "is_hybrid"]
 
@@ -84,10 +85,6 @@ class HybridLayout(StockLayout):
         if len(sizes) > 1:
             raise ConfigError(f"{name} has layers of KV heads and head sizes {sorted(sizes)}; one kind is supported.")
         kv_heads, head_dim = sizes.pop() if sizes else (0, 0)
-        # without rotary positions a key has no place at all; that it is not learned ones is tried
-        rotary = StockRotary("none", torch.zeros(0, dtype=torch.float64), head_dim, None)
-        if any(attends) and any(hasattr(m, "rope_type") for m in model.modules()):
-            rotary = find_rotary(model, config, head_dim)
         kinds = getattr(config, "layer_types", None) or []
         sliding = getattr(config, "sliding_window", None)
         local = tuple(sliding if kind in ("sliding_attention", "hybrid_sliding") else None for kind in kinds)
@@ -95,7 +92,7 @@ class HybridLayout(StockLayout):
         return cls(
             model_type=name, vocab_size=config.vocab_size, num_key_value_heads=kv_heads, head_dim=head_dim,
             local_tokens=local if len(local) == layers else (None,) * layers,
-            rotary=rotary, dtype=model.dtype,
+            kinds=tuple(kinds), rotaries=_rotaries(model, config, attends, head_dim), dtype=model.dtype,
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, attends=tuple(attends),
             carries=tuple(carries),
         )  # fmt: skip
@@ -255,22 +252,20 @@ class HybridStep:
         self.carried = _Carried(self, layout.carries, self._states if plan.start else None)
         self.layer = -1
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float,
-        local_tokens: int | None, rotated: bool,
-    ) -> torch.Tensor:  # fmt: skip
-        """(B, T, H, D), from q (B, T, H, D) and k, v (B, T, G, D), before rotation.
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """(B, T, H, D), from queries and keys that were turned to position 0.
 
         The layer is the one whose keys came last, since layers may share a module.
         """
-        state, rotary = self._states[self.layer], self._layout.rotary
+        if call.mask is not None:
+            raise ModelError("attention with memory takes no mask here: give rows of one length, without padding.")
+        state, rotary = self._states[self.layer], self._layout.rotaries[self.layer]
         if not isinstance(state, MixerState) or self.layer in self._after:
             raise ModelError(f"layer {self.layer} attends where no attention was expected; its layout is unknown.")
-        if rotated and rotary.channel_order is not None:
-            q, k = (x[..., rotary.channel_order.to(x.device)] for x in (q, k))
+        q, k = (x if rotary is None else rotary.in_order(x) for x in (call.q, call.k))
         out, after = attend(
-            q, k, v, self._plan, state.attention, self._cache, layer=self.layer,
-            rotary=rotary if rotated else None, scale=scale, local_tokens=local_tokens,
+            q, k, call.v, self._plan, state.attention, self._cache, layer=self.layer, rotary=rotary, scale=call.scale,
+            local_tokens=call.local_tokens, softcap=call.softcap, sink_logits=call.sink_logits,
         )  # fmt: skip
         self._after[self.layer] = MixerState(after, None)
         return out
@@ -361,6 +356,21 @@ class _Carried(Cache):
             conv=before.conv if conv is None else conv.to(before.conv.dtype),
             ssm=before.ssm if ssm is None else ssm.to(before.ssm.dtype),
         )
+
+
+def _rotaries(
+    model: PreTrainedModel, config: Any, attends: list[bool], head_dim: int
+) -> tuple[StockRotary | None, ...]:
+    """Of each layer. Without rotary positions a key has no place at all; that it has no learned one is tried."""
+    modules = attention_modules(model)
+    if not any(attends) or not modules or not any(hasattr(m, "rope_type") for m in model.modules()):
+        return (None,) * len(attends)
+    found = iter(find_rotaries(model, config, ["full_attention"] * len(modules), modules, head_dim))
+    if len(modules) == sum(attends):
+        return tuple(next(found) if one else None for one in attends)
+    # layers that share a module
+    shared = next(found)
+    return tuple(shared if one else None for one in attends)
 
 
 def _carried(name: str, layer: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -141,9 +141,9 @@ Llama of 260 thousand parameters (`tests/models/test_stock_stories.py`).
 
 HYBRIDS_INTRO = """
 Models with recurrent layers (`tests/models/test_stock_hybrids.py`, tiny random models too): inside the window logits
-are transformers' own, at once and in pieces; beyond it those of the dense formula; a state restored in a new process goes
-on with equal logits. Plain `generate` with a `memtier.TieredCache` is for models whose layers all attend: open hybrids
-by `memtier.open`.
+are transformers' own, at once and in pieces; beyond it those of the dense formula; a state restored in a new process
+goes on with equal logits. Plain `generate` with a `memtier.TieredCache` is for models whose layers all attend: open
+hybrids by `memtier.open`.
 """
 
 

@@ -129,6 +129,9 @@ def _contexts(
     model: Any, x: torch.Tensor, options: ModelsOptions, on_progress: OnProgress, stage: str
 ) -> dict[str, Any]:
     stock = StockReader(model)
+    for name in READERS:
+        # what is made at the first step of a process is no part of any reader's cost
+        _Reading(name, model, stock, options).decode(x[:, : min(PIECE, options.contexts[0])])
     readings = {name: _Reading(name, model, stock, options) for name in READERS}
     position, prefilled, report = 0, 0, {}
     for context in options.contexts:

@@ -226,6 +226,20 @@ def test_a_model_that_reads_one_token_in_another_way_is_refused(name: str) -> No
         HybridReader(make_model(name, limit=True))
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("MiniMax", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_local_experts": 2}),
+        ("RecurrentGemma", {"lru_width": 32, "block_types": ["recurrent", "attention"]}),
+    ],
+    ids=["MiniMax", "RecurrentGemma"],
+)
+def test_a_model_with_a_cache_of_its_own_is_refused(family: str, overrides: dict[str, Any]) -> None:
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "num_hidden_layers": 2, **overrides})
+    with pytest.raises(ConfigError, match="cache"):
+        HybridReader(AutoModelForCausalLM.from_config(config))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["falcon-h1", "jamba", "lfm2"])
 @torch.no_grad()

@@ -33,6 +33,7 @@ from memtier.cli_options import (
     Threads,
     kept_or_temporary,
 )
+from memtier.cli_session import copy_of_session, existing_session
 from memtier.cli_train import train
 from memtier.errors import ConfigError, MemtierError, StorageFullError
 
@@ -205,11 +206,9 @@ def recall(
     from dataclasses import asdict
 
     from memtier.console import emit_json, show_hits
-    from memtier.peek import require_session
 
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        hits = runtime.session(session, adapter=adapter).recall(text, k=k)
+    with existing_session(store, tenant, session, model, adapter, device) as asked:
+        hits = asked.recall(text, k=k)
     emit_json({"session": session, "hits": [asdict(hit) for hit in hits]}) if as_json else show_hits(hits)
 
 
@@ -225,13 +224,9 @@ def inspect(
 ) -> None:
     """Look into the four tiers of a session, and change nothing."""
     from memtier.console import emit_json, show_memory
-    from memtier.peek import peek
 
-    with (
-        peek(store, tenant, session) as copy,
-        memtier.open_sync(copy, model=model, tenant=tenant, device=device) as runtime,
-    ):
-        memory = runtime.session(session, adapter=adapter).inspect()
+    with copy_of_session(store, tenant, session, model, adapter, device) as copy:
+        memory = copy.inspect()
     emit_json(memory.model_dump(mode="json")) if as_json else show_memory(memory)
 
 

@@ -9,6 +9,7 @@ import typer
 
 import memtier
 from memtier.cli_options import DEFAULT_STORE, Adapter, Device, Json, Model, SessionArgument, Store, Tenant
+from memtier.cli_session import copy_of_session, existing_session
 from memtier.errors import ConfigError, SessionError
 
 if TYPE_CHECKING:
@@ -33,13 +34,9 @@ def history(
 ) -> None:
     """List the turns of a session: who spoke, when, which tokens, and what."""
     from memtier.console import emit_json, show_turns
-    from memtier.peek import peek
 
-    with (
-        peek(store, tenant, session) as copy,
-        memtier.open_sync(copy, model=model, tenant=tenant, device=device) as runtime,
-    ):
-        turns = runtime.session(session, adapter=adapter).history()
+    with copy_of_session(store, tenant, session, model, adapter, device) as copy:
+        turns = copy.history()
     if as_json:
         emit_json({"session": session, "turns": [turn.model_dump(mode="json") for turn in turns]})
     else:
@@ -58,11 +55,7 @@ def checkpoint(
     as_json: Json = False,
 ) -> None:
     """Keep a session as it stands, under a name."""
-    from memtier.peek import require_session
-
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session, adapter=adapter)
+    with existing_session(store, tenant, session, model, adapter, device) as kept:
         kept.checkpoint(name)
         position = kept.position
     _tell({"session": session, "checkpoint": name, "position": position}, as_json)
@@ -96,11 +89,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Go back to a checkpoint. What came after it is gone, unless it is in another checkpoint or in a fork."""
-    from memtier.peek import require_session
-
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session, adapter=adapter)
+    with existing_session(store, tenant, session, model, adapter, device) as kept:
         before = kept.position
         kept.restore(name)
         position = kept.position
@@ -119,11 +108,8 @@ def fork(
     as_json: Json = False,
 ) -> None:
     """Make a new session that begins as this one stands; its blocks are shared."""
-    from memtier.peek import require_session
-
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        position = runtime.session(session, adapter=adapter).fork(new_session).position
+    with existing_session(store, tenant, session, model, adapter, device) as kept:
+        position = kept.fork(new_session).position
     _tell({"session": new_session, "forked_from": session, "position": position}, as_json)
 
 
@@ -139,11 +125,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a session to one file that `memtier import` reads, here or on another machine."""
-    from memtier.peek import require_session
-
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session, adapter=adapter)
+    with existing_session(store, tenant, session, model, adapter, device) as kept:
         kept.export(file)
         position = kept.position
     told = {"session": session, "file": str(file), "position": position, "bytes": file.stat().st_size}
@@ -170,11 +152,8 @@ def forget(
 ) -> None:
     """Forget a passage for good: it leaves every tier, every checkpoint and every fork; later tokens move down."""
     from memtier.console import emit_json, show_values
-    from memtier.peek import require_session
 
-    require_session(store, tenant, session)
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        kept = runtime.session(session, adapter=adapter)
+    with existing_session(store, tenant, session, model, adapter, device) as kept:
         hit = None
         if text is not None:
             hits = kept.recall(text, k=1)
@@ -211,27 +190,35 @@ def delete(
 def doctor(
     session: Annotated[str | None, typer.Argument(help="Id of the session (default: all of the tenant).")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Mend what is found, put aside what is unknown.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Read and check every byte.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read and check every byte, and every value of the model's weights.")
+    ] = False,
     store: Store = DEFAULT_STORE,
     tenant: Tenant = "default",
+    model: Model = "nano",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Look over the files of sessions; exit code 1 if something is wrong and was not mended. Needs no model."""
+    """Look over the files of sessions; exit code 1 if something is wrong and was not mended. --full loads the model."""
     import anyio
 
     from memtier.console import emit_json, show_health
     from memtier.folder import Backends
     from memtier.peek import require_session
     from memtier.recovery.doctor import examine
+    from memtier.tiers.weights import WeightsTier
     from memtier_backends.layout import session_folders
 
     async def run(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
     async def look() -> list[SessionHealth]:
-        return [await examine(folder, Backends(), run, rebuild=rebuild, full=full) for folder in folders]
+        return [
+            await examine(folder, Backends(), run, rebuild=rebuild, full=full, weights=weights) for folder in folders
+        ]
 
     folders = session_folders(store, tenant) if session is None else [require_session(store, tenant, session).folder]
+    weights = WeightsTier.load(model, device=device) if full else None
     found = anyio.run(look)
     if as_json:
         emit_json({"store": str(store), "sessions": [health.model_dump(mode="json") for health in found]})

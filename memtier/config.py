@@ -2,7 +2,7 @@
 
 Two kinds of fields. The *fingerprinted* ones shape what was written, so a store remembers them and refuses others; left
 None they come from the model. The *free* ones may differ at every open; those that change outputs (`span_blocks`,
-`retrieval`) are journaled with each turn, so that a replay repeats what was.
+`retrieval`, and what `retain_*` drop) are journaled with each turn, so that a replay repeats what was.
 """
 
 from __future__ import annotations
@@ -78,6 +78,15 @@ class MemoryConfig(BaseModel):
     )
     reserve_bytes: int = Field(
         4 * 2**20, ge=0, description="Space set aside in the store, so that forgetting works on a full disk. 0: none."
+    )
+    retain_tokens: int | None = Field(
+        None, ge=1, description="Blocks further back are dropped when a turn begins. None: none are. Erases nothing."
+    )
+    retain_bytes: int | None = Field(
+        None, ge=0, description="Likewise the oldest blocks, when all take more than this on disk."
+    )
+    retain_seconds: float | None = Field(
+        None, ge=0, description="Likewise blocks of turns that began longer ago than this."
     )
     durability: Literal["turn", "token"] = Field(
         "turn", description="'turn': sampled tokens are acknowledged when the call ends; 'token': one by one."

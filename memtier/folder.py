@@ -24,16 +24,18 @@ from memtier_backends.files import flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, drop_partial
 from memtier_backends.lock import SessionLock
-from memtier_backends.segments import FileSegmentStore
+from memtier_backends.segment_store import FileSegmentStore
 
 __all__ = ["Backends", "SessionFolder", "check_owner", "check_writer", "is_ours", "written_by"]
 
 log = logging.getLogger("memtier")
 
 META = "session"
+WEIGHTS = "weights"
 EDITION = "edition"
 FORMAT = 1
-_OURS = re.compile(r"(\d{10}-\d{10}|\d{12})-[0-9a-f]{16}\.safetensors")
+_SEGMENT = re.compile(r"\d{10}-\d{10}-[0-9a-f]{16}\.safetensors")
+_SNAPSHOT = re.compile(r"\d{12}-[0-9a-f]{16}\.safetensors")
 
 
 async def _lance(folder: Path, layers: list[int]) -> MemoryIndex:
@@ -113,6 +115,10 @@ class SessionFolder:
             if self._lock is not None:
                 self._lock.release()
 
+    def delete(self, name: str) -> None:
+        """Delete a segment or a snapshot that no record names any more, whichever it is."""
+        (self.snapshots if _SNAPSHOT.fullmatch(name) else self.segments).delete(name)
+
     def drop_index(self) -> None:
         """Remove the index, which the updater then makes again from the segments. Nobody may have it open."""
         self.journal.set_indexed_through(0)
@@ -135,7 +141,7 @@ class SessionFolder:
 
 def is_ours(name: str) -> bool:
     """True for a file that a segment or a snapshot was written to; anything else there is somebody's, and stays."""
-    return _OURS.fullmatch(name) is not None
+    return (_SEGMENT.fullmatch(name) or _SNAPSHOT.fullmatch(name)) is not None
 
 
 def check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings) -> None:
@@ -154,6 +160,8 @@ def check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier
                 f"model wrote them. Restore the folder from a backup, or delete the session."
             )
         about = {"format": FORMAT, "created_at": time.time(), "lineage": uuid4().hex}
+        # first, since whose it is says that the session has begun
+        journal.set_meta(WEIGHTS, all_values(weights))
         journal.set_meta(META, {**identity, **about, **written_by(weights, settings)})
         return
     for name, expected in identity.items():
@@ -168,6 +176,11 @@ def check_owner(journal: Journal, identity: dict[str, str], weights: WeightsTier
 def written_by(weights: WeightsTier, settings: MemorySettings) -> dict[str, Any]:
     """What memory says of the model and the sizes that it was written with."""
     return {"model": {**weights.fingerprint, "name": weights.name}, "memory": _sizes(settings)}
+
+
+def all_values(weights: WeightsTier) -> dict[str, Any]:
+    """A hash of every tensor of the model, and in which dtype: what `memtier doctor --full` compares."""
+    return {"dtype": weights.fingerprint["dtype"], "hashes": weights.tensor_hashes()}
 
 
 def check_writer(meta: dict[str, Any], weights: WeightsTier, settings: MemorySettings, where: str) -> None:

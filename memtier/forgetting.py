@@ -89,13 +89,14 @@ class Forgetter:
             evidence = await self._evidence(session, start, end) if verify else None
             folders = [session.folder.paths] + ([SessionPaths(one.folder) for one in held] if forks else [])
             if evidence is not None:
+                await self._at_rest(session, held)
                 await self._shared.journal.run(erasure.control, evidence, folders)
             names = await self._forget(session, held if forks else [], start, end, keep_first)
             await session.timeline.catch_up()
             restored_from = session.timeline.restored_from
             if evidence is not None:
                 index = await session.updater.index()
-                await session.updater.flush()
+                await self._at_rest(session, held)
                 await self._shared.journal.run(session.folder.journal.checkpoint)
                 proof = await erasure.prove(evidence, session.folder, folders, index)
             rest = await session.timeline.tokens(0, session.timeline.position)
@@ -163,10 +164,18 @@ class Forgetter:
         rest = [codec.decode(await session.timeline.tokens(*span)) for span in ((0, start), (end, position))]
         return await self._shared.journal.run(erasure.collect, session.folder, start, end, said, "\0".join(rest))
 
+    async def _at_rest(self, session: Forgettable, held: list[Held]) -> None:
+        """Nothing is being merged, so that no file goes while all are read."""
+        for one in (session, *self._open(held)):
+            await one.updater.rest()
+
+    def _open(self, held: list[Held]) -> list[Forgettable]:
+        return [other for one in held if (other := self._sessions.get(one.session_id)) is not None]
+
     async def _forget(
         self, session: Forgettable, held: list[Held], start: int, end: int, keep_first: bool
     ) -> list[str]:
-        others = [other for one in held if (other := self._sessions.get(one.session_id)) is not None]
+        others = self._open(held)
         try:
             try:
                 return await self._forget_offline(session, held, start, end, keep_first)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from memtier.threads import WorkerThread
 from memtier.tiers.retry import retry
-from memtier_backends.base import Journal, TurnRecord
+from memtier_backends.base import Journal
+from memtier_backends.records import TurnRecord
 
 __all__ = ["History"]
 
@@ -30,7 +31,7 @@ class History:
     def __init__(
         self, journal: Journal, thread: WorkerThread, position: int, check_room: Callable[[], None] = lambda: None
     ) -> None:
-        self._check_room = check_room
+        self.check_room = check_room
         self.journal = journal
         self._thread = thread
         self.position = position
@@ -59,7 +60,7 @@ class History:
             # a commit whose answer was lost must not be sent twice
             if self.journal.position == after != before:
                 return after
-            self._check_room()
+            self.check_room()
             return self.journal.commit(turn, tokens, text=text, mark=mark)
 
         self.position = await self.call(once)

@@ -115,10 +115,12 @@ class RememberedLine(Line):
         timeline = self._session.timeline
         self._refuse_silence(timeline.position)
         if self._prompt is not None:
+            self._manner = await timeline.in_a_new_turn(self._manner)
             turn = await timeline.begin_turn(self._prompt.role, self._manner)
             async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
                 async for step, last in steps:
                     await timeline.read(turn, step.tokens, self._manner, text=step.text, mark=last)
+        self._manner = await timeline.in_a_new_turn(self._manner)
         timeline.answer_in(self._manner)
 
     async def _sample(self, sample: Callable[[torch.Tensor], int]) -> int:
@@ -145,6 +147,7 @@ class AsideLine(Line):
         self._refuse_silence(timeline.position)
         reader = self._reader = await self._session.model_thread.run(timeline.reader.aside)
         await timeline.replay(reader)
+        self._manner = await timeline.in_a_new_turn(self._manner)
         if self._prompt is not None:
             async with aclosing(_marked(self._prompt.steps(at_start=timeline.position == 0))) as steps:
                 async for step, last in steps:

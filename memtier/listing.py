@@ -49,7 +49,7 @@ def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInf
             tenant=tenant,
             position=journal.position,
             turns=len(turns),
-            blocks=segments[-1].end_block if segments else 0,
+            blocks=segments[-1].end_block if segments else journal.first_block,
             bytes_on_disk=_bytes_on_disk(folder),
             created_at=meta["created_at"],
             updated_at=max((turn.created_at for turn in turns), default=None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,19 @@ from memtier.folder import Backends, SessionFolder
 from memtier.history import History
 from memtier.reader import Reader
 from memtier.recovery.forget import resume
+from memtier.retention import Retention
 from memtier.threads import WorkerThread
 from memtier.tiers.device_pool import DevicePool
+from memtier.tiers.landmarks import Held
 from memtier.tiers.retry import retry
 from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
 from memtier.timeline import Timeline
 from memtier.updater import Updater
 from memtier.views import Views
+from memtier.writing import Writer
 from memtier_backends.layout import session_folders
+from memtier_backends.records import SegmentManifest
 from memtier_backends.space import Space
 
 __all__ = ["Parts", "Shared"]
@@ -89,15 +94,18 @@ class Shared:
             raise
         return opened
 
-    async def assemble(self, session_id: str, opened: SessionFolder) -> Parts:
+    async def assemble(self, session_id: str, opened: SessionFolder, landmarks: Sequence[Held] | None = None) -> Parts:
         """A session's parts, not yet caught up with its journal.
+
+        Args:
+            landmarks: of the session that this one is a fork of; None to read them.
 
         Raises:
             StorageError: what is on disk cannot be read.
         """
         io = WorkerThread("memtier-files")
         try:
-            return await self._assemble(io, session_id, opened)
+            return await self._assemble(io, session_id, opened, landmarks)
         except BaseException:
             io.close()
             raise
@@ -112,22 +120,24 @@ class Shared:
             await self.model.run(parts.timeline.reader.drop)
             parts.io.close()
 
-    async def _assemble(self, io: WorkerThread, session_id: str, opened: SessionFolder) -> Parts:
+    async def _assemble(
+        self, io: WorkerThread, session_id: str, opened: SessionFolder, landmarks: Sequence[Held] | None
+    ) -> Parts:
         config, settings, model = self.config, self.settings, self.weights.config
         storage = StorageTier(
             settings, model.num_key_value_heads, model.head_dim, opened.segments, hot_bytes=config.hot_bytes,
             landmark_bytes=config.landmark_bytes,
         )  # fmt: skip
-        position, manifests, indexed = await self.journal.run(_read_marks, opened)
-        await io.run(storage.load, manifests)
-        history = History(opened.journal, self.journal, position, self.space.check)
-        updater = Updater(
-            session_id, opened, history, storage, self.weights.codec, io,
-            inbox_blocks=config.inbox_blocks, indexed=indexed,
-        )  # fmt: skip
+        marks = await self.journal.run(_read_marks, opened)
+        await io.run(storage.load, marks.manifests, marks.first_block, landmarks)
+        history = History(opened.journal, self.journal, marks.position, self.space.check)
+        writer = Writer(session_id, opened, history, storage, self.weights.codec, io, indexed=marks.indexed)
+        snapshots = partial(history.call, opened.journal.snapshots)
+        updater = Updater(session_id, writer, storage, snapshots, inbox_blocks=config.inbox_blocks)
+        retention = Retention(config, settings.span_block_tokens, storage.bytes_a_block)
         timeline = Timeline(
             session_id, history, Reader(self.weights, settings, storage, self.pool), updater, self.model, self.batcher,
-            io, opened.snapshots, config.snapshot_every_tokens,
+            io, opened.snapshots, config.snapshot_every_tokens, retention, marks.retained_from,
             None if self.weights.codec.tokenizer is None else self.weights.codec.decode,
         )  # fmt: skip
         views = Views(
@@ -137,6 +147,19 @@ class Shared:
         return Parts(timeline, storage, updater, views, io, done)
 
 
-def _read_marks(opened: SessionFolder) -> tuple:
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Where a session stands, as its journal says."""
+
+    position: int
+    manifests: list[SegmentManifest]
+    first_block: int
+    indexed: int
+    retained_from: int
+
+
+def _read_marks(opened: SessionFolder) -> _Marks:
     journal = opened.journal
-    return journal.position, journal.segments(), journal.indexed_through
+    newest = journal.turns(journal.position - 1) if journal.position else []
+    retained_from = newest[-1].retained_from if newest else 0
+    return _Marks(journal.position, journal.segments(), journal.first_block, journal.indexed_through, retained_from)

@@ -29,10 +29,17 @@ _NUMBERS = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How tokens are read: the two choices of a turn that change outputs, and which its journal therefore keeps."""
+    """How tokens are read: the choices of a turn that change outputs, and which its journal therefore keeps.
+
+    Args:
+        retrieval: how blocks are chosen.
+        span_blocks: how many at a time.
+        retained_from: blocks that end at or before this token are not chosen any more.
+    """
 
     retrieval: RetrievalMode
     span_blocks: int
+    retained_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +102,14 @@ class Reader:
     def begin(self) -> None:
         """An empty cache, at position 0."""
         self.logits = None
+        self._selector.first_block = 0
         self.cache = TieredCache(
             self._weights.config, settings=self._settings, selector=self._selector, device=self._weights.device,
             dtype=self._weights.dtype,
         )  # fmt: skip
 
-    def restore(self, data: bytes, name: str, digest: str) -> None:
-        """Begin from a snapshot.
+    def restore(self, data: bytes, name: str, digest: str, first_block: int = 0) -> None:
+        """Begin from a snapshot. `first_block`: the oldest block that may still be retrieved there.
 
         Raises:
             CorruptMemoryError: it is damaged.
@@ -114,6 +122,7 @@ class Reader:
         except BaseException:
             self.drop()
             raise
+        self._selector.first_block = first_block
 
     def drop(self) -> None:
         """Let go of what the device holds."""
@@ -143,6 +152,7 @@ class Reader:
         assert cache is not None, "a dropped reader must be restored before it reads"
         blocks_before = self._storage.blocks
         self._selector.mode = manner.retrieval
+        self._drop_old(manner)
         cache.settings = replace(self._settings, span_blocks=manner.span_blocks)
         ids = torch.as_tensor(np.asarray(tokens, dtype=np.int64))
         try:
@@ -163,6 +173,7 @@ class Reader:
         cache = self.cache
         if cache is None:
             return None
+        self._drop_old(manner)
         if cache.settings.span_blocks != manner.span_blocks:
             cache.settings = replace(self._settings, span_blocks=manner.span_blocks)
         return None if cache.chooses_next else cache.settings
@@ -172,15 +183,19 @@ class Reader:
         if self.cache is not None:
             self.cache.settle()
 
-    def snapshot(self) -> bytes:
-        """All that is carried, as bytes."""
+    def snapshot(self) -> tuple[bytes, int]:
+        """All that is carried, as bytes, and the oldest block that whoever goes on from there may need."""
         assert self.cache is not None, "there is nothing to take a snapshot of"
-        return pack_snapshot(self.cache, self.logits)
+        carried = [block for selection in self.cache.last_selection() for block in selection.block_ids]
+        return pack_snapshot(self.cache, self.logits), min([self._selector.first_block, *carried])
 
     def aside(self) -> Reader:
         """A copy that reads on without leaving a trace: its blocks stay its own."""
         assert self.cache is not None, "a dropped reader must be restored before it is copied"
         return _Aside(self)
+
+    def _drop_old(self, manner: Manner) -> None:
+        self._selector.first_block = manner.retained_from // self._settings.span_block_tokens
 
     def _take_sealed(self, cache: TieredCache) -> Sequence[int]:
         return self._storage.keep_innovation(cache.take_sealed())

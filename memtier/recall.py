@@ -17,8 +17,9 @@ from memtier.blocks import MemoryHit
 from memtier.errors import ConfigError
 from memtier.text import TextCodec, check_text
 from memtier.timeline import Timeline
-from memtier_backends.base import IndexRow, MemoryIndex, TurnRecord
+from memtier_backends.base import MemoryIndex
 from memtier_backends.index_memory import MemoryIndexAdapter
+from memtier_backends.records import IndexRow, TurnRecord
 
 __all__ = ["find", "turn_at"]
 
@@ -44,6 +45,7 @@ async def find(
     codec: TextCodec,
     block_tokens: int,
     sealed_blocks: int,
+    retained_from: int,
     edition: str,
 ) -> list[MemoryHit]:
     """The k best passages, best first, equal scores newest first.
@@ -56,6 +58,7 @@ async def find(
         codec: decodes.
         block_tokens: S.
         sealed_blocks: blocks in the index; what follows them is read from the journal.
+        retained_from: blocks that end at or before this token were dropped, and are not found.
         edition: of the session; each hit carries it.
 
     Raises:
@@ -69,11 +72,17 @@ async def find(
     if codec.tokenizer is None:
         raise ConfigError("recall looks for text, and this model has no tokenizer. Pass tokenizer= to memtier.open.")
     end = timeline.position
+    oldest = retained_from // block_tokens
+    begin = min(oldest * block_tokens, end)
     rows: dict[int, IndexRow] = {}
-    for hit in await index.search_text(query, k * CANDIDATES_A_HIT):
-        rows[hit.block] = IndexRow(hit.block, hit.start, hit.end, hit.text, hit.created_at, None, ())
-    first = sealed_blocks * block_tokens
-    origin = max(0, first - block_tokens)
+    for hit in await index.search_text(query, k * CANDIDATES_A_HIT, first_block=oldest):
+        text = hit.text
+        if hit.block == oldest > 0:
+            # a row's text reaches into the blocks beside it, of which one was dropped
+            text = codec.decode(await timeline.tokens(begin, min(begin + 2 * block_tokens, end)))
+        rows[hit.block] = IndexRow(hit.block, hit.start, hit.end, text, hit.created_at, None, ())
+    first = max(sealed_blocks * block_tokens, begin)
+    origin = max(begin, first - block_tokens)
     newest = await timeline.tokens(origin, end)
     for start in range(first, end, block_tokens):
         text = codec.decode(newest[max(0, start - block_tokens - origin) : start + 2 * block_tokens - origin])
@@ -84,7 +93,7 @@ async def find(
     await ranked.add([rows[block] for block in sorted(rows)])
     passages = _merged(
         [
-            _Passage(max(0, hit.start - block_tokens), min(end, hit.end + block_tokens), hit.score, hit.block)
+            _Passage(max(begin, hit.start - block_tokens), min(end, hit.end + block_tokens), hit.score, hit.block)
             for hit in await ranked.search_text(query, len(rows))
         ]
     )[:k]

@@ -119,9 +119,13 @@ class LayerSelection(_Report):
 
 
 class StorageReport(_Report):
-    """Long-term memory. `pending_blocks` are sealed and not yet on disk; `lag_tokens` not yet searchable."""
+    """Long-term memory. `pending_blocks` are sealed and not yet on disk; `lag_tokens` not yet searchable.
+
+    Of `blocks`, the oldest `dropped_blocks` are not retrieved any more (`MemoryConfig.retain_tokens` and its like).
+    """
 
     blocks: int
+    dropped_blocks: int
     tokens: int
     bytes_on_disk: int
     pending_blocks: int
@@ -148,12 +152,16 @@ class SessionStats(_Report):
     """Counters of one open session. Bytes are of host memory, but for `device_bytes`, and `segment_bytes` on disk.
 
     Each limit stands beside what it limits; None where there is none. `waited_seconds` is how long steps have waited
-    for the disk: back-pressure, as `inbox_blocks` reached its limit or a snapshot was on its way.
+    for the disk: back-pressure, as `inbox_blocks` reached its limit or a snapshot was on its way. `dropped_blocks`, of
+    `blocks`, are not retrieved any more. `merges`: how often small segments became one.
     """
 
     session: str
     position: int
     blocks: int
+    dropped_blocks: int
+    segments: int
+    merges: int
     inbox_blocks: int
     inbox_limit_blocks: int
     waited_seconds: float

@@ -5,6 +5,8 @@
     random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
     off      none
 
+Blocks before `first_block` were dropped (`memtier.retention`) and are not among them.
+
 Every landmark of a session is scored, exactly, at every boundary; those beyond the host's budget are read back from
 their segments and scored in pieces. An index of candidates is not asked: the query of a boundary exists only inside
 the forward pass, so candidates fetched before it would depend on where calls were split. So no choice depends on an
@@ -38,6 +40,7 @@ class StorageSelector:
     def __init__(self, storage: StorageTier, mode: RetrievalMode = "on", pool: DevicePool | None = None) -> None:
         self.storage = storage
         self.mode: RetrievalMode = mode
+        self.first_block = 0
         self.pool = pool
         self.owner = 0 if pool is None else pool.new_owner()
 
@@ -54,13 +57,13 @@ class StorageSelector:
         rows = boundaries.numel()
         ids = torch.full((1, rows, k), -1, dtype=torch.int64)
         scores = torch.full((1, rows, k), float("-inf"), dtype=torch.float32)
-        if rows and k and self.mode != "off" and int(visible.max()) > 0:
+        if rows and k and self.mode != "off" and int(visible.max()) > self.first_block:
             if self.mode == "on":
                 ids, scores = self._best(layer, queries.to("cpu", torch.float32), visible, k)
             elif self.mode == "recent":
-                ids, scores = recent_blocks(visible, k)
+                ids, scores = recent_blocks(visible, k, self.first_block)
             else:
-                ids, scores = random_blocks(layer, boundaries, visible, k)
+                ids, scores = random_blocks(layer, boundaries, visible, k, self.first_block)
         return ids, scores
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,15 +101,15 @@ class StorageSelector:
         self, layer: int, queries: torch.Tensor, visible: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         best: tuple[torch.Tensor, torch.Tensor] | None = None
-        for first, rows in self._pieces(layer, int(visible.max())):
+        for first, rows in self._pieces(layer, self.first_block, int(visible.max())):
             ids, scores = candidates(queries, rows[None], (visible - first).clamp(min=0), k)
             ids = torch.where(ids < 0, ids, ids + first)
             best = (ids, scores) if best is None else _better(best, (ids, scores), ids.shape[-1])
         assert best is not None, "select was called with nothing visible"
         return settle(queries, *best, k)
 
-    def _pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
-        return self.storage.pieces(layer, upto)
+    def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        return self.storage.pieces(layer, first, upto)
 
     def _tensors(self, layer: int, blocks: Sequence[int]) -> list[torch.Tensor]:
         return self.storage.fetch(layer, blocks)
@@ -128,8 +131,9 @@ class OverlaySelector(StorageSelector):
 
     def __init__(self, base: StorageSelector) -> None:
         super().__init__(base.storage, base.mode, base.pool)
+        self.first_block = base.first_block
         self._base_owner = base.owner
-        self._first = base.storage.blocks
+        self._own_first = base.storage.blocks
         self._tensors_of: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
         self._landmarks: dict[int, list[torch.Tensor]] = {layer: [] for layer in base.storage.layers}
 
@@ -138,22 +142,26 @@ class OverlaySelector(StorageSelector):
     ) -> None:
         """See `SpanSelector.append`."""
         own = self._tensors_of[layer]
-        assert first_block == self._first + len(own), f"block {first_block} follows {self._first + len(own)} blocks"
+        follows = self._own_first + len(own)
+        assert first_block == follows, f"block {first_block} follows {follows} blocks"
         own += [torch.stack(pair) for pair in zip(_one(keys).cpu(), _one(values).cpu(), strict=True)]
         self._landmarks[layer] += [row.clone() for row in _one(landmarks).cpu()]
 
-    def _pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from self.storage.pieces(layer, min(upto, self._first))
-        if upto > self._first:
-            yield self._first, torch.stack(self._landmarks[layer][: upto - self._first])
+    def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        mine = self._own_first
+        if first < mine:
+            yield from self.storage.pieces(layer, first, min(upto, mine))
+        if upto > mine:
+            begin = max(first, mine)
+            yield begin, torch.stack(self._landmarks[layer][begin - mine : upto - mine])
 
     def _tensors(self, layer: int, blocks: Sequence[int]) -> list[torch.Tensor]:
-        below = [block for block in blocks if block < self._first]
-        own = [self._tensors_of[layer][block - self._first] for block in blocks if block >= self._first]
+        below = [block for block in blocks if block < self._own_first]
+        own = [self._tensors_of[layer][block - self._own_first] for block in blocks if block >= self._own_first]
         return self.storage.fetch(layer, below, counted=False) + own
 
     def _owner_of(self, block: int) -> int:
-        return self._base_owner if block < self._first else self.owner
+        return self._base_owner if block < self._own_first else self.owner
 
 
 def _one(batched: torch.Tensor) -> torch.Tensor:
@@ -161,9 +169,9 @@ def _one(batched: torch.Tensor) -> torch.Tensor:
     return batched[0]
 
 
-def recent_blocks(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k newest blocks a boundary: ids and scores (1, R, k), as of `SpanSelector.select`."""
-    first = (visible - k).clamp(min=0)[:, None]
+def recent_blocks(visible: torch.Tensor, k: int, oldest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k newest blocks a boundary, none before `oldest`: ids and scores (1, R, k), as of `SpanSelector.select`."""
+    first = (visible - k).clamp(min=oldest)[:, None]
     ids = first + torch.arange(k)
     there = ids < visible[:, None]
     scores = torch.where(there, 0.0, float("-inf")).to(torch.float32)
@@ -171,17 +179,18 @@ def recent_blocks(visible: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def random_blocks(
-    layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    layer: int, boundaries: torch.Tensor, visible: torch.Tensor, k: int, oldest: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest hashes a boundary; of layer, boundary and block alone, so nothing else moves it."""
-    blocks = np.arange(int(visible.max()), dtype=np.uint64)
+    blocks = np.arange(oldest, int(visible.max()), dtype=np.uint64)
     rows = []
     for boundary, seen in zip(boundaries.tolist(), visible.tolist(), strict=True):
-        hashes = _mix(blocks[:seen] ^ _mix(np.uint64(boundary) ^ _mix(np.uint64(layer))))
-        best = np.sort(np.argsort(hashes, kind="stable")[max(0, seen - k) :])
+        there = max(0, seen - oldest)
+        hashes = _mix(blocks[:there] ^ _mix(np.uint64(boundary) ^ _mix(np.uint64(layer))))
+        best = np.sort(np.argsort(hashes, kind="stable")[max(0, there - k) :])
         ids = np.full(k, -1)
         scores = np.full(k, -np.inf, np.float32)
-        ids[: best.size] = best
+        ids[: best.size] = best + oldest
         scores[: best.size] = (hashes[best] >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
         rows.append((ids, scores))
     return torch.from_numpy(np.stack([r[0] for r in rows]))[None], torch.from_numpy(np.stack([r[1] for r in rows]))[

@@ -36,6 +36,7 @@ from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import WorkerThread, shielded
 from memtier.tiers.device_pool import DevicePool
+from memtier.tiers.landmarks import Held
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.layout import check_store, session_folder, session_folders
 from memtier_backends.space import Space
@@ -260,12 +261,13 @@ class Runtime:
         Args:
             rebuild: mend what is found. Derived files are made again; what cannot be accounted for is moved to the
                 session's `quarantine` folder; of a damaged journal, what stands before the damage is kept.
-            full: read and check every byte.
+            full: read and check every byte, and compare all values of the model with those that wrote each session.
         """
         self._check_open()
         run, backends = self._journal_thread.run, self._backends
         folders = session_folders(self._store, self._tenant)
-        return [await examine(folder, backends, run, rebuild=rebuild, full=full) for folder in folders]
+        weights = self._weights if full else None
+        return [await examine(folder, backends, run, rebuild=rebuild, full=full, weights=weights) for folder in folders]
 
     def stats(self) -> RuntimeStats:
         """Counters of the runtime and its open sessions, at once."""
@@ -305,10 +307,12 @@ class Runtime:
                 await self._model_thread.run(weights.release)
             raise
 
-    async def _open_session(self, session_id: str, folder: Path, shared: Shared) -> Session:
+    async def _open_session(
+        self, session_id: str, folder: Path, shared: Shared, landmarks: list[Held] | None = None
+    ) -> Session:
         opened = await shared.open_folder(session_id, folder)
         try:
-            parts = await shared.assemble(session_id, opened)
+            parts = await shared.assemble(session_id, opened, landmarks)
             try:
                 await parts.timeline.catch_up()
             except BaseException:
@@ -331,9 +335,10 @@ class Runtime:
         check_text(session_id, "the session id")
         async with self._opening.setdefault(session_id, anyio.Lock()):
             self._check_room()
-            await source.fork_to(folder, session_id)
+            landmarks = await source.fork_to(folder, session_id)
             async with self._under(source.timeline.reader.weights.adapter) as shared:
-                session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
+                session = await self._open_session(session_id, folder, shared, landmarks)
+                self._sessions[session_id] = session
         return session
 
     def _set_space_aside(self) -> Space:
@@ -349,8 +354,8 @@ class Runtime:
                 f"{self._config.max_open_sessions}. Close one with session.close(), or raise that limit."
             )
 
-    def _forget_object(self, session: Session) -> None:
-        self._sessions.pop(session.id, None)
+    def _forget_object(self, session_id: str) -> None:
+        self._sessions.pop(session_id, None)
 
     def _stop_threads(self) -> None:
         for thread in (self._model_thread, self._journal_thread):

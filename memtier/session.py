@@ -7,29 +7,28 @@ Calls on one session take turns; a new one ends a generation that was left unfin
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import anyio
 import pyarrow as pa
 import torch
 
 from memtier.blocks import MemoryHit, RetrievalMode
 from memtier.chat import ChatFeed
-from memtier.errors import ConfigError, SessionError
+from memtier.errors import ConfigError
 from memtier.feed import Feed
 from memtier.folder import SessionFolder
 from memtier.forgetting import Forgetter, Wanted
 from memtier.generation import Generation, Sampler, check_stop
-from memtier.lines import AsideLine, Line, RememberedLine
+from memtier.lines import AsideLine, RememberedLine
+from memtier.open_session import OpenSession
 from memtier.parts import Parts, Shared
 from memtier.reader import Manner
 from memtier.recall import find
-from memtier.recovery.copies import checkpoints, drop_checkpoint, fork_to, make_checkpoint, restore_checkpoint
+from memtier.recovery.copies import checkpoints, drop_checkpoint, make_checkpoint, restore_checkpoint
 from memtier.recovery.portable import export_session
 from memtier.reports import (
     BlockContent,
@@ -41,42 +40,25 @@ from memtier.reports import (
     TurnInfo,
 )
 from memtier.text import check_text
-from memtier_backends.base import TurnRecord
+from memtier_backends.records import TurnRecord
 
 __all__ = ["Session"]
 
 Progress = Callable[[int, int | None], None]
 
 
-class Session:
+class Session(OpenSession):
     """Made by `Runtime.session`."""
 
     def __init__(
         self, session_id: str, shared: Shared, folder: SessionFolder, parts: Parts, *, edition: str,
         fork: Callable[[Session, str], Awaitable[Session]], forgetter: Forgetter,
-        on_close: Callable[[Session], None],
+        on_close: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._id = session_id
-        self._shared = shared
-        self._config = shared.config
+        super().__init__(session_id, shared, folder, parts, edition=edition, on_close=on_close)
         self._manner = Manner(shared.config.retrieval, shared.settings.span_blocks)
-        self._weights = shared.weights
-        self.folder = folder
         self._fork = fork
         self._forgetter = forgetter
-        self._on_close = on_close
-        self.lock = anyio.Lock()
-        self._line: Line | None = None
-        self._closed = False
-        self._pid = os.getpid()
-        self.model_thread = shared.model
-        self._edition = edition
-        self._take(parts)
-
-    def _take(self, parts: Parts) -> None:
-        self._parts = parts
-        self.timeline, self._storage = parts.timeline, parts.storage
-        self.updater, self._views = parts.updater, parts.views
 
     @property
     def id(self) -> str:
@@ -121,13 +103,14 @@ class Session:
             timeline = self.timeline
             first = timeline.position
             turn: int | None = None
+            manner = await timeline.in_a_new_turn(self._manner)
             async with aclosing(feed.steps(at_start=first == 0)) as steps:
                 async for step in steps:
                     if turn is None:
                         about = None if metadata is None else dict(metadata)
-                        turn = await timeline.begin_turn(role, self._manner, source=source, metadata=about)
+                        turn = await timeline.begin_turn(role, manner, source=source, metadata=about)
                     result = await timeline.read(
-                        turn, step.tokens, self._manner, text=step.text, score=True, keep_logits=logits
+                        turn, step.tokens, manner, text=step.text, score=True, keep_logits=logits
                     )
                     nats, predicted = nats + result.nats, predicted + result.predicted
                     if result.logits is not None:
@@ -234,7 +217,7 @@ class Session:
             return await find(
                 query, k, timeline=self.timeline, index=index, codec=self._weights.codec,
                 block_tokens=self._storage.settings.span_block_tokens, sealed_blocks=self.updater.indexed,
-                edition=self._edition,
+                retained_from=self.timeline.retained_from, edition=self._edition,
             )  # fmt: skip
 
     # -- looking
@@ -273,6 +256,9 @@ class Session:
             session=self._id,
             position=self.position,
             blocks=storage.blocks,
+            dropped_blocks=self._views.dropped_blocks,
+            segments=len(storage.segments()),
+            merges=updater.merges,
             inbox_blocks=updater.pending,
             inbox_limit_blocks=self._config.inbox_blocks,
             waited_seconds=updater.waited_seconds,
@@ -399,86 +385,6 @@ class Session:
         """
         await self.close_within(write=True)
 
-    async def close_within(self, *, write: bool) -> None:
-        """`close`; without `write` what waits is left to the next open."""
-        with anyio.CancelScope(shield=True):
-            async with self.lock:
-                if self._closed:
-                    return
-                self._closed = True
-                try:
-                    await self._end_line(None)
-                    if write and not self.updater.error_was_told:
-                        await self.timeline.snapshot()
-                        await self.updater.flush()
-                finally:
-                    await self._free()
-
-    # -- for its lines and its runtime
-
-    @property
-    def acknowledges_each_token(self) -> bool:
-        """True if every sampled token is committed before the next."""
-        return self._config.durability == "token"
-
-    @asynccontextmanager
-    async def exclusive(self, line: Line | None, *, catch_up: bool = True) -> AsyncGenerator[None]:
-        """The lock, with other lines ended and old failures raised; level with the journal (`catch_up`)."""
-        self._check_open()
-        async with self.lock:
-            self._check_open()
-            # a line that another call has ended must not end that call's
-            if line is None or not line.ended:
-                await self._end_line(line)
-                await self.updater.ready()
-                if catch_up:
-                    await self.timeline.catch_up()
-            yield
-
-    async def _end_line(self, line: Line | None) -> None:
-        ended, self._line = self._line, line
-        if ended is not None and ended is not line:
-            with anyio.CancelScope(shield=True):
-                await ended.end_within()
-
-    async def _ready_to_look(self) -> None:
-        self._check_open()
-        if self.timeline.reader.cache is None:
-            async with self.exclusive(None):
-                pass
-
-    async def fork_to(self, folder: Path, session_id: str) -> None:
-        """Copy the session to the folder of a new one."""
-        async with self.exclusive(None):
-            await self._settle()
-            await self._shared.journal.run(fork_to, self.folder, folder, session_id)
-
-    @asynccontextmanager
-    async def offline(self) -> AsyncGenerator[SessionFolder]:
-        """The session's folder, used by nothing else; then new parts, not yet caught up. The lock is held."""
-        with anyio.CancelScope(shield=True):
-            await self._shared.take_apart(self._parts)
-            try:
-                yield self.folder
-            finally:
-                try:
-                    self._edition = await self._shared.journal.run(lambda: self.folder.edition)
-                    self._take(await self._shared.assemble(self._id, self.folder))
-                except BaseException:
-                    self._closed = True
-                    await self._release()
-                    raise
-
-    async def abandon(self) -> None:
-        """Close without writing anything. The lock is held."""
-        self._closed = True
-        await self._free()
-
-    async def _settle(self) -> None:
-        """All that was read is on disk, and a snapshot of this moment too."""
-        await self.timeline.snapshot()
-        await self.updater.flush()
-
     async def _turn_info(self, turn: TurnRecord) -> TurnInfo:
         text = turn.text
         if text is None:
@@ -487,28 +393,6 @@ class Session:
             turn=turn.turn, role=turn.role, start=turn.start, end=turn.end, text=text, source=turn.source,
             metadata=turn.metadata, created_at=turn.created_at,
         )  # fmt: skip
-
-    async def _free(self) -> None:
-        try:
-            await self._shared.take_apart(self._parts)
-        finally:
-            await self._release()
-
-    async def _release(self) -> None:
-        try:
-            await self._shared.journal.run(self.folder.close)
-        finally:
-            await self.model_thread.run(self._weights.release)
-            self._on_close(self)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionError(f"session {self._id!r} is closed. Ask the runtime for it again.")
-        if os.getpid() != self._pid:
-            raise SessionError(
-                f"session {self._id!r} was opened by process {self._pid}, and this is process {os.getpid()}: threads "
-                f"and locks do not survive a fork. Open the store in the child, or start it with 'spawn'."
-            )
 
     def _stacked(self, kept: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(kept) if kept else torch.empty(0, self._weights.config.vocab_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,9 +21,11 @@ from memtier.blocks import RetrievalMode
 from memtier.errors import IncompatibleMemoryError, MemtierError, ModelError, StorageError
 from memtier.history import History
 from memtier.reader import STEP_TOKENS, Manner, Reader, StepResult
+from memtier.retention import Retention
 from memtier.threads import WorkerThread, shielded
 from memtier.updater import Updater
-from memtier_backends.base import SegmentStore, SnapshotRecord, TurnRecord
+from memtier_backends.base import SegmentStore
+from memtier_backends.records import SnapshotRecord, TurnRecord
 
 __all__ = ["Timeline"]
 
@@ -44,12 +47,14 @@ class Timeline:
         io: reads snapshots.
         snapshots: where they lie.
         snapshot_every_tokens: tokens between two of them.
+        retention: what is dropped when a turn begins.
         decode: makes the text of an answer; None for a model without a tokenizer.
     """
 
     def __init__(
         self, name: str, history: History, reader: Reader, updater: Updater, model: WorkerThread,
         batcher: DecodeBatcher, io: WorkerThread, snapshots: SegmentStore, snapshot_every_tokens: int,
+        retention: Retention, retained_from: int,
         decode: Callable[[NDArray[np.int32]], str] | None = None,
     ) -> None:  # fmt: skip
         self._name = name
@@ -61,7 +66,9 @@ class Timeline:
         self._io = io
         self._snapshots = snapshots
         self._snapshot_every = snapshot_every_tokens
+        self._retention = retention
         self._decode = decode
+        self.retained_from = retained_from  # of the newest turn: see `Manner`
         self._snapshot_at = 0
         self.restored_from = 0  # the snapshot that the reader was last begun from
         self._sampled: list[int] = []  # not in the journal yet
@@ -123,18 +130,24 @@ class Timeline:
     async def _restore(self) -> None:
         """Begin from the newest snapshot that can be read, else from nothing."""
         records = await self.history.call(self.history.journal.snapshots)
+        first, end = self._updater.first_block, self._updater.durable_blocks
         for record in reversed(records):
-            usable = record.position <= self.history.position and record.blocks <= self._updater.durable_blocks
-            if usable and await self._load(record):
+            usable = record.first_block >= first and record.blocks <= end
+            if record.position <= self.history.position and usable and await self._load(record):
                 self._snapshot_at = self.restored_from = record.position
                 return
+        if first:
+            log.warning(
+                "session %r: no snapshot can be used, and old blocks were dropped: all is read again", self._name
+            )
+            await self._updater.start_over()
         self._snapshot_at = self.restored_from = 0
         await self._model.run(self.reader.begin)
 
     async def _load(self, record: SnapshotRecord) -> bool:
         try:
             data = await self._io.run(self._snapshots.get, record.name)
-            await self._model.run(self.reader.restore, data, record.name, record.hash)
+            await self._model.run(self.reader.restore, data, record.name, record.hash, record.first_block)
         except (StorageError, IncompatibleMemoryError) as error:
             # a snapshot only saves time: the journal holds the same, and an older snapshot or none will do
             log.warning("session %r: the snapshot at %d is left out: %s", self._name, record.position, error)
@@ -246,10 +259,17 @@ class Timeline:
         self, role: str, manner: Manner, *, source: str | None = None, metadata: dict[str, object] | None = None
     ) -> int:
         """Begin a turn in the journal, and return its number."""
-        return await self.history.begin_turn(
+        turn = await self.history.begin_turn(
             role=role, source=source, metadata=metadata, created_at=time.time(), retrieval=manner.retrieval,
-            span_blocks=manner.span_blocks,
+            span_blocks=manner.span_blocks, retained_from=manner.retained_from,
         )  # fmt: skip
+        self.retained_from = manner.retained_from
+        return turn
+
+    async def in_a_new_turn(self, manner: Manner) -> Manner:
+        """The manner of a turn that begins here and now: without the blocks that it drops."""
+        kept = await self._retention.retained_from(self.history, self.retained_from, time.time())
+        return replace(manner, retained_from=kept)
 
     def answer_in(self, manner: Manner) -> None:
         """What is sampled from here on is an answer, in this manner."""
@@ -259,7 +279,7 @@ class Timeline:
         """Offer a snapshot of this moment, unless there is one or nothing was read."""
         if self.reader.cache is not None and self.reader.position > self._snapshot_at:
             position = self.reader.position
-            self._updater.offer_snapshot(position, await self._model.run(self.reader.snapshot))
+            self._updater.offer_snapshot(position, *await self._model.run(self.reader.snapshot))
             self._snapshot_at = position
 
     def _snapshot_due(self) -> bool:
@@ -281,7 +301,7 @@ def _steps(turns: list[TurnRecord], start: int, end: int, snapshot_every: int) -
     for turn in turns:
         # the journal keeps what a turn was begun with, which was checked then
         retrieval: RetrievalMode = turn.retrieval  # pyright: ignore[reportAssignmentType]
-        manner = Manner(retrieval, turn.span_blocks)
+        manner = Manner(retrieval, turn.span_blocks, turn.retained_from)
         first = max(turn.start, start)
         while first < min(turn.end, end):
             last = min(first + STEP_TOKENS, turn.end, end, (first // snapshot_every + 1) * snapshot_every)

@@ -1,7 +1,8 @@
 """The write side of a session: sealed blocks become a segment, a manifest, index rows, a mark; then snapshots.
 
 The order is what a crash relies on: a segment is named by the journal only once it is safe, the index is filled only
-from what is in segments, and a snapshot is kept only once every block sealed before it is.
+from what is in segments, and a snapshot is kept only once every block sealed before it is. When nothing else waits,
+small segments are merged.
 
 Blocks wait in the storage tier's memory and are counted here. A step is let in while fewer than `inbox_blocks` wait, so
 at most that many, and one step's more, ever do. A failure that outlasts a few tries is kept, raised by the session's
@@ -13,24 +14,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
-import numpy as np
 
 from memtier.errors import MemtierError, StorageError
-from memtier.folder import SessionFolder
-from memtier.history import History
-from memtier.text import TextCodec
-from memtier.threads import WorkerThread
 from memtier.tiers.retry import RETRY_AFTER_SECONDS, is_transient
-from memtier.tiers.state import superseded
 from memtier.tiers.storage import StorageTier
-from memtier_backends.base import IndexRow, MemoryIndex, SegmentManifest, SnapshotRecord
-from memtier_backends.segments import content_hash, pack_segment, read_innovation, read_landmarks
+from memtier.writing import Snapshot, Writer
+from memtier_backends.base import MemoryIndex
+from memtier_backends.merging import next_merge
+from memtier_backends.records import SegmentManifest, SnapshotRecord
 
 __all__ = ["Updater"]
 
@@ -38,13 +34,8 @@ log = logging.getLogger("memtier")
 
 SEGMENT_BLOCKS = 64
 """Blocks that are written together unless someone waits for them."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    position: int
-    blocks: int  # sealed by then; all must be in manifests before the snapshot is kept
-    data: bytes
+MERGE_SEGMENTS = 8
+"""So many smaller ones become one."""
 
 
 class Updater:
@@ -52,37 +43,32 @@ class Updater:
 
     Args:
         name: the session's id, for messages.
-        folder: its stores and journal.
-        history: its journal, as a task may ask it.
+        writer: writes each piece.
         storage: its blocks.
-        codec: makes the text of index rows.
-        io: the thread that packs and writes files.
+        snapshots: its snapshots, asked of the journal.
         inbox_blocks: blocks that may wait before the session does.
-        indexed: blocks that are in the index.
     """
 
     def __init__(
-        self, name: str, folder: SessionFolder, history: History, storage: StorageTier, codec: TextCodec,
-        io: WorkerThread, *, inbox_blocks: int, indexed: int,
+        self, name: str, writer: Writer, storage: StorageTier,
+        snapshots: Callable[[], Awaitable[list[SnapshotRecord]]], *, inbox_blocks: int,
     ) -> None:  # fmt: skip
         self._name = name
-        self._folder = folder
-        self._history = history
+        self._writer = writer
         self._storage = storage
-        self._codec = codec
-        self._io = io
+        self._kept_snapshots = snapshots
         self._inbox_blocks = inbox_blocks
         self._batch = min(SEGMENT_BLOCKS, inbox_blocks)
         self._sealed = storage.durable_blocks
-        self._index: MemoryIndex | None = None
-        self._index_lock = anyio.Lock()
-        self._snapshot: _Snapshot | None = None
-        self._urgent = self._stopping = False
+        self._snapshot: Snapshot | None = None
+        self._urgent = self._stopping = self._starting_over = False
+        self._may_merge = True
+        self._left_alone: set[int] = set()  # where damaged segments begin and end
         self._error: Exception | None = None
         self._trying_again = False
         self._changed = anyio.Event()
-        self.indexed = indexed
         self.snapshots = 0
+        self.merges = 0
         self.waited_seconds = 0.0
         self.error_was_told = False
 
@@ -99,6 +85,16 @@ class Updater:
         return self._storage.durable_blocks
 
     @property
+    def first_block(self) -> int:
+        """Segments begin with this block: older ones were dropped."""
+        return self._storage.first_block
+
+    @property
+    def indexed(self) -> int:
+        """Blocks that are in the index."""
+        return self._writer.indexed
+
+    @property
     def failure(self) -> str | None:
         """What keeps the updater from writing, if anything does."""
         return None if self._error is None else str(self._error)
@@ -109,9 +105,13 @@ class Updater:
             self._sealed = max(self._sealed, sealed[-1] + 1)
             self._notify()
 
-    def offer_snapshot(self, position: int, data: bytes) -> None:
-        """Keep a snapshot once all that was sealed before it is on disk; an older one that still waits is let go."""
-        self._snapshot = _Snapshot(position, self._sealed, data)
+    def offer_snapshot(self, position: int, data: bytes, first_block: int) -> None:
+        """Keep a snapshot once all that was sealed before it is on disk; an older one that still waits is let go.
+
+        Args:
+            first_block: the oldest block that whoever goes on from it may need.
+        """
+        self._snapshot = Snapshot(position, self._sealed, first_block, data)
         self._notify()
 
     async def ready(self) -> None:
@@ -137,25 +137,32 @@ class Updater:
         Raises:
             StorageError: writing failed; it is tried again after this.
         """
-        while self._todo(everything=True):
+        await self._until(lambda: self._todo(everything=True) is None)
+
+    async def rest(self) -> None:
+        """As `flush`, and return only once no segments are left to be merged; or once it was stopped."""
+        await self._until(lambda: self._stopping or (self._todo(everything=True) is None and not self._may_merge))
+
+    async def _until(self, finished: Callable[[], bool]) -> None:
+        while not finished():
             if self._error is not None:
                 self._raise()
             self._urgent = True
             self._notify()
             await self._changed.wait()
 
+    async def start_over(self) -> None:
+        """Let go of all that is derived from the journal, on disk and in memory. Nothing is being read.
+
+        Raises:
+            StorageError: it could not be written down; it is tried again after this.
+        """
+        self._starting_over = True
+        await self.flush()
+
     async def index(self) -> MemoryIndex:
         """The session's index, opened when first asked for."""
-        async with self._index_lock:
-            if self._index is None:
-                sizes = [self._storage.block_shape[2] * self._storage.block_shape[3]] * len(self._storage.layers)
-                index = await self._folder.backends.index(self._folder.paths.index, sizes)
-                if await index.count() < self.indexed:
-                    log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
-                    await self._history.call(self._folder.journal.set_indexed_through, 0)
-                    self.indexed = 0
-                self._index = index
-            return self._index
+        return await self._writer.index()
 
     def stop(self) -> None:
         """Let `run` return after the write it is at; what waits is made again from the journal at the next open."""
@@ -164,8 +171,7 @@ class Updater:
 
     async def close(self) -> None:
         """Close the index. `run` has returned."""
-        if self._index is not None:
-            await self._index.close()
+        await self._writer.close()
 
     # -- the task
 
@@ -180,24 +186,71 @@ class Updater:
             with anyio.CancelScope(shield=True):
                 while not self._stopping:
                     work = self._todo(everything=self._urgent) if self._error is None else None
-                    if work is None:
+                    if work is not None:
+                        await self._attempt(work)
+                    elif self._may_merge and self._error is None:
+                        await self._merge()
+                    else:
                         self._urgent = self._urgent and self._error is not None
                         await self._changed.wait()
-                    else:
-                        await self._attempt(work)
         finally:
             done.set()
 
     def _todo(self, *, everything: bool) -> Callable[[], Awaitable[None]] | None:
         """The next write, in the order that a crash relies on."""
         snapshot = self._snapshot
+        if self._starting_over:
+            return self._start_over
         if self.pending >= self._batch or (self.pending and (everything or snapshot is not None)):
             return self._write_segment
         if self.indexed < self._storage.durable_blocks:
-            return self._write_rows
+            return self._writer.rows
         if snapshot is not None and snapshot.blocks <= self._storage.durable_blocks:
             return self._write_snapshot
         return None
+
+    async def _write_segment(self) -> None:
+        first = self._storage.durable_blocks
+        end = min(self._sealed, first + SEGMENT_BLOCKS)
+        if self._snapshot is not None and self._snapshot.blocks > first:
+            # no segment reaches over a snapshot, so that forgetting drops files and never rewrites one
+            end = min(end, self._snapshot.blocks)
+        await self._writer.segment(end)
+        self._may_merge = True
+
+    async def _write_snapshot(self) -> None:
+        snapshot = self._snapshot
+        assert snapshot is not None
+        await self._writer.snapshot(snapshot)
+        if self._snapshot is snapshot:
+            self._snapshot = None
+        self.snapshots += 1
+        self._may_merge = True
+
+    async def _start_over(self) -> None:
+        await self._writer.start_over()
+        self._sealed, self._snapshot, self._starting_over = 0, None, False
+
+    async def _merge(self) -> None:
+        """One merge, if there is one to make. What cannot be merged stays as it is: only files are saved by it."""
+        neighbours: list[SegmentManifest] = []
+        merged = False
+        try:
+            cuts = {record.blocks for record in await self._kept_snapshots()} | self._left_alone
+            if self._snapshot is not None:
+                cuts.add(self._snapshot.blocks)
+            neighbours = next_merge(self._storage.segments(), cuts, most_blocks=SEGMENT_BLOCKS, patience=MERGE_SEGMENTS)
+            if neighbours:
+                await self._writer.merge(neighbours)
+                self.merges += 1
+                merged = True
+        except (StorageError, OSError) as error:
+            log.warning("session %r: small segments were not merged: %s", self._name, error)
+            if not is_transient(error):
+                self._left_alone |= {block for m in neighbours for block in (m.first_block, m.end_block)}
+                merged = bool(neighbours)
+        self._may_merge = merged  # then there may be another one
+        self._notify()
 
     async def _attempt(self, work: Callable[[], Awaitable[None]]) -> None:
         for wait in (*RETRY_AFTER_SECONDS, None):
@@ -231,92 +284,3 @@ class Updater:
     def _notify(self) -> None:
         self._changed.set()
         self._changed = anyio.Event()
-
-    # -- the writes
-
-    async def _write_segment(self) -> None:
-        first = self._storage.durable_blocks
-        end = min(self._sealed, first + SEGMENT_BLOCKS)
-        if self._snapshot is not None and self._snapshot.blocks > first:
-            # no segment reaches over a snapshot, so that forgetting drops files and never rewrites one
-            end = min(end, self._snapshot.blocks)
-
-        def write() -> SegmentManifest:
-            data, manifest = pack_segment(self._storage.payloads(first, end))
-            self._folder.segments.put(manifest.name, data)
-            return manifest
-
-        manifest = await self._io.run(write)
-        await self._history.call(self._add_segment, manifest)
-        self._storage.on_disk(manifest)
-
-    def _add_segment(self, manifest: SegmentManifest) -> None:
-        # a record whose answer was lost must not be sent twice
-        known = self._folder.journal.segments()
-        if not known or known[-1].name != manifest.name:
-            self._folder.journal.add_segment(manifest)
-
-    async def _write_rows(self) -> None:
-        manifest = next(m for m in self._storage.segments() if m.end_block > self.indexed)
-        rows = await self._rows(manifest)
-        index = await self.index()
-        await index.add(rows)
-        await self._history.call(self._folder.journal.set_indexed_through, manifest.end_block)
-        self.indexed = manifest.end_block
-
-    async def _rows(self, manifest: SegmentManifest) -> list[IndexRow]:
-        """Rows of a segment's blocks. Their texts reach a block further to both sides, so that words are whole."""
-        size = self._storage.settings.span_block_tokens
-        origin = max(0, manifest.start - size)
-        tokens = await self._history.tokens(origin, min(manifest.end + size, self._history.position))
-        turns = await self._history.turns(manifest.start, manifest.end)
-
-        def build() -> list[IndexRow]:
-            store, channels = self._storage.store, self._storage.channels
-            landmarks = [read_landmarks(store, manifest, layer) for layer in self._storage.layers.values()]
-            innovation = read_innovation(store, manifest)
-            rows = []
-            for i in range(manifest.blocks):
-                start = manifest.start + i * size
-                text = self._codec.decode(tokens[max(0, start - size - origin) : start + 2 * size - origin])
-                surprise = float(np.mean(innovation[i]))
-                created_at = next(turn.created_at for turn in turns if turn.end > start)
-                rows.append(
-                    IndexRow(
-                        block=manifest.first_block + i,
-                        start=start,
-                        end=start + size,
-                        text=text,
-                        created_at=created_at,
-                        innovation=None if np.isnan(surprise) else surprise,
-                        # the index has one vector a layer: the mean of a landmark's keys
-                        landmarks=tuple(layer[i].reshape(-1, channels).mean(0) for layer in landmarks),
-                    )
-                )
-            return rows
-
-        return await self._io.run(build)
-
-    async def _write_snapshot(self) -> None:
-        snapshot = self._snapshot
-        assert snapshot is not None
-        digest = content_hash(snapshot.data)
-        name = f"{snapshot.position:012d}-{digest[:16]}.safetensors"
-        await self._io.run(self._folder.snapshots.put, name, snapshot.data)
-        record = SnapshotRecord(snapshot.position, name, len(snapshot.data), digest, snapshot.blocks)
-        old = await self._history.call(self._add_snapshot, record)
-        for stale in old:
-            await self._io.run(self._folder.snapshots.delete, stale)
-        if self._snapshot is snapshot:
-            self._snapshot = None
-        self.snapshots += 1
-
-    def _add_snapshot(self, record: SnapshotRecord) -> list[str]:
-        journal = self._folder.journal
-        journal.add_snapshot(record)
-        known = journal.snapshots()
-        gone = superseded([kept.position for kept in known])
-        old = [kept.name for kept in known if kept.position in gone]
-        for name in old:
-            journal.drop_snapshot(name)
-        return old

@@ -74,6 +74,7 @@ class Views:
             ),
             storage=StorageReport(
                 blocks=blocks,
+                dropped_blocks=self.dropped_blocks,
                 tokens=blocks * size,
                 bytes_on_disk=self._storage.segment_bytes + await self._journal_bytes(),
                 pending_blocks=self._updater.pending,
@@ -82,6 +83,12 @@ class Views:
             ),
             attention_mass=mass,
         )
+
+    @property
+    def dropped_blocks(self) -> int:
+        """Blocks that are not given any more."""
+        size = self._storage.settings.span_block_tokens
+        return min(self._storage.blocks, self._timeline.retained_from // size)
 
     async def state(self, layer: int) -> dict[str, torch.Tensor]:
         """Copies of all that a layer carries on the device, by name.
@@ -98,8 +105,13 @@ class Views:
         """One block of long-term memory.
 
         Raises:
-            SessionError: there is no such block.
+            SessionError: there is no such block, or it was dropped.
         """
+        if 0 <= block < self.dropped_blocks:
+            raise SessionError(
+                f"block {block} was dropped, as blocks before {self.dropped_blocks} were (MemoryConfig.retain_tokens, "
+                f"retain_bytes, retain_seconds). Its text is in history()."
+            )
         on_disk = block < self._storage.durable_blocks
         kv, landmarks, innovation = await self._io.run(self._storage.read_block, block)
         size = self._storage.settings.span_block_tokens
@@ -136,7 +148,7 @@ class Views:
         if not 0 <= start <= end:
             raise ConfigError(f"tokens [{start}, {end}) were asked for; give 0 <= start <= end.")
         size = self._storage.settings.span_block_tokens
-        first, last = start // size, min(self._storage.blocks, -(-end // size))
+        first, last = max(start // size, self.dropped_blocks), min(self._storage.blocks, -(-end // size))
         schema = _schema(len(self._storage.layers))
         return pa.RecordBatchReader.from_batches(schema, self._batches(schema, first, last))
 

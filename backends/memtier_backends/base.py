@@ -1,11 +1,11 @@
-"""The contracts of storage: what a journal, a segment store and an index must do, and the records they exchange.
+"""The contracts of storage: what a journal, a segment store and an index must do. What they exchange: records.py.
 
 A session on disk is one folder (`layout.SessionPaths`) with one owner (`lock.SessionLock`). Its journal is the truth;
 the segments, snapshots and the index are derived from it and can be made again. Everything here is bytes and numpy: no
 torch.
 
     Journal        sync, durable on return          journal_sqlite.SqliteJournal.open(path, *, read_only=False)
-    SegmentStore   sync, immutable files by name    segments.FileSegmentStore(folder)
+    SegmentStore   sync, immutable files by name    segment_store.FileSegmentStore(folder)
     MemoryIndex    async, derived, rebuildable      await index_lance.LanceIndex.open(folder, layers), layers: sizes C
                                                     index_memory.MemoryIndexAdapter(layers)
 
@@ -17,15 +17,15 @@ Beside the protocols:
     lock       SessionLock.acquire(folder) -> SessionLock; .release(); a context manager too
     segments   pack_segment(payloads) -> (bytes, SegmentManifest); read_kv(store, manifest, layer, block) -> RawArray;
                read_landmarks(store, manifest, layer) -> (n, C); read_innovation(store, manifest) -> (n, S);
-               verify_segment(store, manifest); pack_tensors(arrays, metadata) -> bytes;
-               unpack_tensors(data, name, hash=None) -> (arrays, metadata); content_hash(data) -> str
+               verify_segment(store, manifest); read_payloads(store, manifest) -> list of BlockPayload
+    tensors    pack_tensors(arrays, metadata) -> bytes; unpack_tensors(data, name, hash=None) -> (arrays, metadata);
+               content_hash(data) -> str
+    merging    next_merge(manifests, cuts, most_blocks=, patience=) -> neighbours;
+               merged(store, neighbours) -> (bytes, SegmentManifest)
     faults     Faults and FaultyJournal, FaultySegmentStore, FaultyIndex (no pytest needed)
     testing    the conformance suites that every adapter's tests subclass (needs pytest); re-exports faults
 
-`layer` is always the ordinal of a memory layer, 0 .. L-1 in the order of `BlockPayload.kv`, never a layer number of the
-model.
-
-Shape letters: S block tokens, G key/value heads, D head size, C landmark size, n blocks of a segment, L memory layers.
+`layer` is always the ordinal of a memory layer, never a layer number of the model. Shape letters: records.py.
 
 Errors: StorageFullError when there is no space (nothing acknowledged is lost, the call may be sent again),
 CorruptMemoryError when bytes are not those that were written, IncompatibleMemoryError for another format, ConfigError
@@ -35,222 +35,18 @@ for a caller's mistake, StorageError for the rest.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier.errors import ConfigError
+from memtier_backends.records import IndexHit, IndexRow, SegmentManifest, SnapshotRecord, TurnRecord
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "BlockPayload",
-    "IndexHit",
-    "IndexRow",
-    "Journal",
-    "LayerLayout",
-    "MemoryIndex",
-    "RawArray",
-    "SegmentManifest",
-    "SegmentStore",
-    "SnapshotRecord",
-    "TurnRecord",
-]
-
-# Bytes of one element, by safetensors name.
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-
-# Bytes of every BLAKE2b digest on disk: 128 bits find every accident, which is what they are for.
-DIGEST_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class RawArray:
-    """A tensor as bytes: C order, little endian, `dtype` by its safetensors name ("F16", "BF16", "F32", "I64" ...).
-
-    Raises:
-        ConfigError: unknown dtype, or `data` is not as long as `shape` says.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | memoryview
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ITEM_BYTES:
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be one of {', '.join(ITEM_BYTES)}.")
-        expected = prod(self.shape) * ITEM_BYTES[self.dtype]
-        got = memoryview(self.data).nbytes
-        if got != expected:
-            raise ConfigError(f"data has {got} bytes; {self.dtype} of shape {self.shape} needs {expected}.")
-
-    @property
-    def nbytes(self) -> int:
-        return memoryview(self.data).nbytes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockPayload:
-    """One sealed block on its way to a segment.
-
-    Args:
-        block: block number; it holds the tokens [start, end).
-        kv: one (2, S, G, D) a memory layer: keys, then values.
-        landmarks: one (C,) float32 a memory layer.
-        innovation: (S,) float32; NaN where no layer measures it.
-    """
-
-    block: int
-    start: int
-    end: int
-    kv: tuple[RawArray, ...]
-    landmarks: tuple[NDArray[np.float32], ...]
-    innovation: NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerLayout:
-    """Where one memory layer lies in a segment file, and what its bytes hash to.
-
-    Args:
-        dtype: safetensors name of K and V.
-        shape: (2, S, G, D) of one block.
-        kv_offset: byte of the file where block 0 of this layer begins; blocks follow one another.
-        kv_hashes: one hex digest a block.
-        landmark_size: C.
-        landmark_offset: byte of the file where the (n, C) float32 landmarks begin.
-        landmark_hash: hex digest of all of them.
-    """
-
-    dtype: str
-    shape: tuple[int, int, int, int]
-    kv_offset: int
-    kv_hashes: tuple[str, ...]
-    landmark_size: int
-    landmark_offset: int
-    landmark_hash: str
-
-    @property
-    def block_bytes(self) -> int:
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentManifest:
-    """What the journal knows of a segment file: its blocks [first_block, first_block + blocks), layout and hashes."""
-
-    name: str
-    first_block: int
-    blocks: int
-    start: int
-    end: int
-    layers: tuple[LayerLayout, ...]
-    innovation_offset: int
-    innovation_hash: str
-    size: int
-    hash: str
-
-    @property
-    def end_block(self) -> int:
-        return self.first_block + self.blocks
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings; `from_json` reads them back."""
-        plain = {name: getattr(self, name) for name in self.__slots__}
-        plain["layers"] = [{name: getattr(layer, name) for name in LayerLayout.__slots__} for layer in self.layers]
-        return plain
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> SegmentManifest:
-        layers = tuple(
-            LayerLayout(**{**layer, "shape": tuple(layer["shape"]), "kv_hashes": tuple(layer["kv_hashes"])})
-            for layer in plain["layers"]
-        )
-        return cls(**{**plain, "layers": layers})
-
-
-@dataclass(frozen=True, slots=True)
-class TurnRecord:
-    """A turn that holds tokens: [start, end) are those that no rollback took back.
-
-    `text` is the original text of the turn's pieces, joined; None unless texts cover every token of the turn (token
-    ids, a turn that was cut off, a piece cut by a rollback). `forgotten` are the ranges that were forgotten of it, as
-    offsets into the turn as it was said.
-    """
-
-    turn: int
-    role: str
-    start: int
-    end: int
-    text: str | None
-    source: str | None
-    metadata: dict[str, Any]
-    created_at: float
-    retrieval: str
-    span_blocks: int
-    forgotten: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotRecord:
-    """A snapshot file: the session's state once it had read `position` tokens. `hash` is segments.content_hash.
-
-    It can be used only where blocks [0, `blocks`), which had left the window by then, are in segments.
-    """
-
-    position: int
-    name: str
-    size: int
-    hash: str
-    blocks: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class IndexRow:
-    """One block as the index knows it.
-
-    Args:
-        block: block number; the key of the row.
-        start, end: the tokens of the block.
-        text: what is searched, and returned by a hit.
-        created_at: Unix time in seconds.
-        innovation: mean innovation of the block; None where no layer measures it.
-        landmarks: one (C,) float32 a memory layer.
-    """
-
-    block: int
-    start: int
-    end: int
-    text: str
-    created_at: float
-    innovation: float | None
-    landmarks: tuple[NDArray[np.float32], ...]
-
-    @property
-    def digest(self) -> str:
-        """Stored beside the row and checked on every hit: a flipped bit in a table is otherwise a silent wrong read."""
-        return row_digest(self.block, self.start, self.end, self.text, self.created_at)
-
-
-@dataclass(frozen=True, slots=True)
-class IndexHit:
-    """One row that a search found; a higher score is a better one."""
-
-    block: int
-    start: int
-    end: int
-    text: str
-    score: float
-    created_at: float
+__all__ = ["Journal", "MemoryIndex", "SegmentStore"]
 
 
 class Journal(Protocol):
@@ -282,8 +78,11 @@ class Journal(Protocol):
         created_at: float,
         retrieval: str,
         span_blocks: int,
+        retained_from: int = 0,
     ) -> int:
         """Begin a turn and return its number. It is listed by `turns` once it holds tokens.
+
+        `retrieval`, `span_blocks` and `retained_from` say how its tokens are read: see `TurnRecord`.
 
         Raises:
             ConfigError: `metadata` is not JSON.
@@ -330,12 +129,37 @@ class Journal(Protocol):
         """Positions of the marks in [start, end), ascending."""
         ...
 
+    @property
+    def first_block(self) -> int:
+        """Segments begin with this block: 0, unless older ones were dropped."""
+        ...
+
+    def begin_with(self, block: int) -> None:
+        """Let segments begin with this block. Raises ConfigError if there is one already."""
+        ...
+
     def add_segment(self, manifest: SegmentManifest) -> None:
-        """Raises ConfigError unless its blocks follow those of the segment before (0 for the first)."""
+        """Add a segment; harmless if it is the newest already.
+
+        Raises:
+            ConfigError: its blocks do not follow those of the segment before.
+        """
+        ...
+
+    def merge_segments(self, manifest: SegmentManifest) -> list[str]:
+        """Let one segment stand for all that hold its blocks; their names. Harmless if it does already: no names.
+
+        Raises:
+            ConfigError: they hold other blocks too, or are not there.
+        """
         ...
 
     def segments(self) -> list[SegmentManifest]:
-        """In order of their blocks, without a gap."""
+        """In order of their blocks, from `first_block` on, without a gap."""
+        ...
+
+    def drop_before(self, block: int) -> list[str]:
+        """Forget segments that hold only blocks < block, and snapshots that need one of these blocks; their names."""
         ...
 
     @property
@@ -360,8 +184,9 @@ class Journal(Protocol):
     def drop_after(self, position: int) -> None:
         """Forget segments and snapshots that hold anything past `position`; the index mark falls back with them.
 
-        A segment that straddles `position` goes as a whole. Files are the caller's: those that no record names are
-        orphans.
+        A segment that straddles `position` goes as a whole. Where older ones were dropped and no snapshot is left to
+        go on from, all go, and segments begin with block 0 again. Files are the caller's: those that no record names
+        are orphans.
         """
         ...
 
@@ -455,15 +280,20 @@ class MemoryIndex(Protocol):
         """Add rows; a block that is there already stays as it is. Rows are found by searches at once."""
         ...
 
-    async def search_text(self, query: str, k: int) -> list[IndexHit]:
-        """BM25, best first; of the hits, equal scores newest first. Any characters are allowed; no words, no hits."""
+    async def search_text(self, query: str, k: int, *, first_block: int = 0) -> list[IndexHit]:
+        """BM25, best first; of the hits, equal scores newest first. Any characters are allowed; no words, no hits.
+
+        Only blocks >= first_block are found.
+        """
         ...
 
     async def search_landmarks(self, layer: int, vector: NDArray[np.float32], k: int) -> list[IndexHit]:
         """The k largest inner products with the landmarks of a memory layer, exact, best first."""
         ...
 
-    async def count(self) -> int: ...
+    async def count(self, first_block: int = 0) -> int:
+        """Rows of blocks >= first_block."""
+        ...
 
     async def rows(self, start_block: int, end_block: int) -> pyarrow.Table:
         """Blocks [start_block, end_block) by number; columns block, start, end, text, created_at, innovation, digest,
@@ -474,6 +304,10 @@ class MemoryIndex(Protocol):
         """Drop the rows of blocks >= block."""
         ...
 
+    async def drop_before(self, block: int) -> None:
+        """Drop the rows of blocks < block."""
+        ...
+
     async def compact(self) -> None:
         """Merge fragments, bring the text index up to date, drop old versions. Changes no answer."""
         ...
@@ -481,18 +315,3 @@ class MemoryIndex(Protocol):
     async def fragments(self) -> int: ...
 
     async def close(self) -> None: ...
-
-
-def row_digest(block: int, start: int, end: int, text: str, created_at: float) -> str:
-    """Hex digest of an index row. The kind of number (a numpy integer, say) does not matter."""
-    return fields_digest(int(block), int(start), int(end), text, float(created_at)).hex()
-
-
-def fields_digest(*fields: bytes | str | int | float | None) -> bytes:
-    """BLAKE2b of typed, length-prefixed fields, so that no two different lists of fields give the same input."""
-    digest = blake2b(digest_size=DIGEST_BYTES)
-    for value in fields:
-        data = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
-        digest.update(f"{type(value).__name__}:{len(data)}:".encode())
-        digest.update(data)
-    return digest.digest()

@@ -16,16 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier.errors import StorageError
-from memtier_backends.base import (
-    IndexHit,
-    IndexRow,
-    Journal,
-    MemoryIndex,
-    SegmentManifest,
-    SegmentStore,
-    SnapshotRecord,
-    TurnRecord,
-)
+from memtier_backends.base import Journal, MemoryIndex, SegmentStore
+from memtier_backends.records import IndexHit, IndexRow, SegmentManifest, SnapshotRecord, TurnRecord
 
 if TYPE_CHECKING:
     import pyarrow
@@ -128,6 +120,7 @@ class FaultyJournal:
         created_at: float,
         retrieval: str,
         span_blocks: int,
+        retained_from: int = 0,
     ) -> int:
         self._write("begin_turn")
         return self.inner.begin_turn(
@@ -137,6 +130,7 @@ class FaultyJournal:
             created_at=created_at,
             retrieval=retrieval,
             span_blocks=span_blocks,
+            retained_from=retained_from,
         )
 
     def commit(
@@ -165,9 +159,25 @@ class FaultyJournal:
         self._write("add_segment")
         self.inner.add_segment(manifest)
 
+    @property
+    def first_block(self) -> int:
+        return self.inner.first_block
+
+    def begin_with(self, block: int) -> None:
+        self._write("begin_with")
+        self.inner.begin_with(block)
+
+    def merge_segments(self, manifest: SegmentManifest) -> list[str]:
+        self._write("merge_segments")
+        return self.inner.merge_segments(manifest)
+
     def segments(self) -> list[SegmentManifest]:
         self._read("segments")
         return self.inner.segments()
+
+    def drop_before(self, block: int) -> list[str]:
+        self._write("drop_before")
+        return self.inner.drop_before(block)
 
     def set_indexed_through(self, blocks: int) -> None:
         self._write("set_indexed_through")
@@ -266,17 +276,17 @@ class FaultyIndex:
         await self.faults.strike_async("index.add", write=True)
         await self.inner.add(rows)
 
-    async def search_text(self, query: str, k: int) -> list[IndexHit]:
+    async def search_text(self, query: str, k: int, *, first_block: int = 0) -> list[IndexHit]:
         await self.faults.strike_async("index.search_text", write=False)
-        return await self.inner.search_text(query, k)
+        return await self.inner.search_text(query, k, first_block=first_block)
 
     async def search_landmarks(self, layer: int, vector: NDArray[np.float32], k: int) -> list[IndexHit]:
         await self.faults.strike_async("index.search_landmarks", write=False)
         return await self.inner.search_landmarks(layer, vector, k)
 
-    async def count(self) -> int:
+    async def count(self, first_block: int = 0) -> int:
         await self.faults.strike_async("index.count", write=False)
-        return await self.inner.count()
+        return await self.inner.count(first_block)
 
     async def rows(self, start_block: int, end_block: int) -> pyarrow.Table:
         await self.faults.strike_async("index.rows", write=False)
@@ -285,6 +295,10 @@ class FaultyIndex:
     async def drop_from(self, block: int) -> None:
         await self.faults.strike_async("index.drop_from", write=True)
         await self.inner.drop_from(block)
+
+    async def drop_before(self, block: int) -> None:
+        await self.faults.strike_async("index.drop_before", write=True)
+        await self.inner.drop_before(block)
 
     async def compact(self) -> None:
         await self.faults.strike_async("index.compact", write=True)

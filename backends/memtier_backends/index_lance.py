@@ -27,7 +27,6 @@ from lancedb.query import MatchQuery
 from numpy.typing import NDArray
 
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, StorageError, StorageFullError
-from memtier_backends.base import IndexHit, IndexRow, row_digest
 from memtier_backends.index_schema import (
     HIT_COLUMNS,
     check_rows,
@@ -36,6 +35,7 @@ from memtier_backends.index_schema import (
     rows_schema,
     rows_table,
 )
+from memtier_backends.records import IndexHit, IndexRow, row_digest
 
 __all__ = ["LanceIndex"]
 
@@ -126,13 +126,15 @@ class LanceIndex:
             if self._adds >= self._compact_every_adds:
                 await self._compact()
 
-    async def search_text(self, query: str, k: int) -> list[IndexHit]:
+    async def search_text(self, query: str, k: int, *, first_block: int = 0) -> list[IndexHit]:
         if k <= 0 or not query.strip():
             return []
         async with self._turn("search the text"):
             # MatchQuery takes words, not a query language: quotes and operators are characters like others.
             words = MatchQuery(query, "text")  # pyright: ignore[reportCallIssue]  (its defaults are pydantic fields)
             search = self._table.query().nearest_to_text(words)
+            if first_block:
+                search = search.where(f"block >= {int(first_block)}")
             found = await search.select([*HIT_COLUMNS, "_score"]).limit(k).to_list()
         return self._best([(row, row["_score"]) for row in found], k)
 
@@ -148,9 +150,9 @@ class LanceIndex:
         # Computed again: the distance is 1 - score, which rounds small scores away.
         return self._best([(row, float(np.asarray(row[column], np.float32) @ vector)) for row in found], k)
 
-    async def count(self) -> int:
+    async def count(self, first_block: int = 0) -> int:
         async with self._turn("count"):
-            return await self._table.count_rows()
+            return await self._table.count_rows(f"block >= {int(first_block)}" if first_block else None)
 
     async def rows(self, start_block: int, end_block: int) -> pa.Table:
         async with self._turn("read rows"):
@@ -164,6 +166,10 @@ class LanceIndex:
         async with self._writing("drop rows"):
             await self._table.delete(f"block >= {int(block)}")
             self._last_block = await self._read_last_block()
+
+    async def drop_before(self, block: int) -> None:
+        async with self._writing("drop rows"):
+            await self._table.delete(f"block < {int(block)}")
 
     async def compact(self) -> None:
         async with self._writing("compact"):

@@ -12,8 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memtier.errors import StorageError
-from memtier_backends.base import IndexHit, IndexRow
 from memtier_backends.index_schema import check_rows, check_vector, rows_schema, rows_table
+from memtier_backends.records import IndexHit, IndexRow
 
 __all__ = ["MemoryIndexAdapter"]
 
@@ -43,7 +43,7 @@ class MemoryIndexAdapter:
                 self._rows[row.block] = row
                 self._words[row.block] = Counter(_words(row.text))
 
-    async def search_text(self, query: str, k: int) -> list[IndexHit]:
+    async def search_text(self, query: str, k: int, *, first_block: int = 0) -> list[IndexHit]:
         self._check_open()
         n = len(self._rows)
         if not n:
@@ -57,16 +57,16 @@ class MemoryIndexAdapter:
                 words = self._words[block]
                 count, length = words[word], words.total() / mean_length
                 scores[block] += weight * count * (_K1 + 1) / (count + _K1 * (1 - _B + _B * length))
-        return self._best(scores, k)
+        return self._best({block: score for block, score in scores.items() if block >= first_block}, k)
 
     async def search_landmarks(self, layer: int, vector: NDArray[np.float32], k: int) -> list[IndexHit]:
         self._check_open()
         check_vector(layer, vector, self._layers)
         return self._best({block: float(row.landmarks[layer] @ vector) for block, row in self._rows.items()}, k)
 
-    async def count(self) -> int:
+    async def count(self, first_block: int = 0) -> int:
         self._check_open()
-        return len(self._rows)
+        return sum(block >= first_block for block in self._rows)
 
     async def rows(self, start_block: int, end_block: int) -> pa.Table:
         self._check_open()
@@ -75,8 +75,11 @@ class MemoryIndexAdapter:
 
     async def drop_from(self, block: int) -> None:
         self._check_open()
-        for past in [b for b in self._rows if b >= block]:
-            del self._rows[past], self._words[past]
+        self._drop([b for b in self._rows if b >= block])
+
+    async def drop_before(self, block: int) -> None:
+        self._check_open()
+        self._drop([b for b in self._rows if b < block])
 
     async def compact(self) -> None:
         """Nothing to merge in a dict."""
@@ -88,6 +91,10 @@ class MemoryIndexAdapter:
 
     async def close(self) -> None:
         self._closed = True
+
+    def _drop(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            del self._rows[block], self._words[block]
 
     def _check_open(self) -> None:
         if self._closed:

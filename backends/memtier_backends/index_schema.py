@@ -9,7 +9,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from memtier.errors import ConfigError
-from memtier_backends.base import IndexRow
+from memtier_backends.records import IndexRow
 
 __all__ = ["HIT_COLUMNS", "check_rows", "check_vector", "landmark_column", "rows_schema", "rows_table"]
 

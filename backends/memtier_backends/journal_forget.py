@@ -92,6 +92,8 @@ def _without(old: Collection[Entry], start: int, end: int, scrub: Collection[int
             about = json.loads(body)
             if entry.turn in scrub or entry.turn not in holding:
                 about |= {"source": None, "metadata": {}}
+            if "retained_from" in about:
+                about["retained_from"] = moved(about["retained_from"])
             if entry.turn in spans:
                 about |= _gap([(low, high) for low, high in about.get("forgotten", [])], spans[entry.turn], start, end)
             body = to_json(about).encode()

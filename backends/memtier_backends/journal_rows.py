@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from memtier.errors import ConfigError, CorruptMemoryError, IncompatibleMemoryError
-from memtier_backends.base import fields_digest
 from memtier_backends.files import TEMPORARY_SUFFIX, flush_folder, storage_errors
+from memtier_backends.records import fields_digest
 from memtier_backends.sqlite_file import connect, sqlite_errors
 
 __all__ = ["FORMAT_VERSION", "Entry", "Head", "JournalRows", "create", "to_json"]

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from memtier.errors import CorruptMemoryError
-from memtier_backends.base import SegmentManifest
 from memtier_backends.journal_rows import Entry, Head, JournalRows, create
 from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.records import SegmentManifest
 from memtier_backends.sqlite_file import connect, sqlite_errors
 
 __all__ = ["salvage"]

@@ -5,11 +5,10 @@ What its rows are, how they are chained and checked: journal_rows.py. Here is wh
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier.errors import ConfigError, SessionNotFoundError, StorageError
-from memtier_backends.base import SegmentManifest, SnapshotRecord, TurnRecord
 from memtier_backends.files import storage_errors
+from memtier_backends.journal_derived import DerivedRecords
 from memtier_backends.journal_forget import cut_out
 from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
+from memtier_backends.journal_turns import read_turns
+from memtier_backends.records import SegmentManifest, SnapshotRecord, TurnRecord
 from memtier_backends.sqlite_file import (
     connect,
     copy_database,
@@ -71,6 +72,7 @@ class SqliteJournal:
         self._read_only = read_only
         self._closed = False
         self._rows = JournalRows(path, connection)
+        self._derived = DerivedRecords(self._rows, alone=not read_only)
         # A text given later stands for the tokens from here on. Where the piece of a turn begun before this open began
         # is not known: the text of such a turn is told as unknown, never guessed.
         self._piece_start = 0
@@ -91,17 +93,17 @@ class SqliteJournal:
         created_at: float,
         retrieval: str,
         span_blocks: int,
+        retained_from: int = 0,
     ) -> int:
-        body = to_json(
-            {
-                "role": role,
-                "source": source,
-                "metadata": dict(metadata or {}),
-                "created_at": created_at,
-                "retrieval": retrieval,
-                "span_blocks": span_blocks,
-            }
-        )
+        about = {
+            "role": role,
+            "source": source,
+            "metadata": dict(metadata or {}),
+            "created_at": created_at,
+            "retrieval": retrieval,
+            "span_blocks": span_blocks,
+        }
+        body = to_json(about | ({"retained_from": int(retained_from)} if retained_from else {}))
         with self._transaction("begin a turn"):
             head = self._rows.head()
             head = replace(head, turn=head.turn + 1)
@@ -150,7 +152,7 @@ class SqliteJournal:
                 (position, self._row_start(position), position),
             )
             self._rows.execute("UPDATE entries SET live = 0 WHERE kind = 'text' AND live > 0 AND end > ?", (position,))
-            self._drop_after(position)
+            self._derived.drop_after(position)
         self._piece_start = position
 
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
@@ -173,37 +175,7 @@ class SqliteJournal:
     def turns(self, start: int = 0, end: int | None = None) -> list[TurnRecord]:
         with self._reading("read turns"):
             end = self._rows.head().position if end is None else end
-            if start >= end:
-                return []
-            first, last = self._rows.execute(
-                "SELECT MIN(turn), MAX(turn) FROM entries WHERE kind = 'tokens' AND live > 0 "
-                "AND start >= ? AND start < ? AND start + live > ?",
-                (self._row_start(start), end, start),
-            ).fetchone()
-            if first is None:
-                return []
-            spans = {
-                turn: (turn_start, turn_end)
-                for turn, turn_start, turn_end in self._rows.execute(
-                    "SELECT turn, MIN(start), MAX(start + live) FROM entries "
-                    "WHERE kind = 'tokens' AND live > 0 AND turn BETWEEN ? AND ? GROUP BY turn ORDER BY turn",
-                    (first, last),
-                )
-            }
-            texts: dict[int, list[Entry]] = {}
-            for entry in self._rows.entries("e.kind = 'text' AND e.live > 0 AND e.turn BETWEEN ? AND ?", (first, last)):
-                texts.setdefault(entry.turn, []).append(entry)
-            begun = {
-                entry.turn: _begun(entry.body)
-                for entry in self._rows.entries("e.kind = 'turn' AND e.turn BETWEEN ? AND ?", (first, last))
-            }
-            missing = spans.keys() - begun.keys()
-            if missing:
-                self._rows.corrupt(f"the entry that begins turn {min(missing)} is missing")
-            return [
-                TurnRecord(turn=turn, start=s, end=e, text=_joined(texts.get(turn, []), s, e), **begun[turn])
-                for turn, (s, e) in spans.items()
-            ]
+            return read_turns(self._rows, self._row_start(start), start, end) if start < end else []
 
     def marks(self, start: int, end: int) -> list[int]:
         with self._reading("read marks"):
@@ -225,25 +197,30 @@ class SqliteJournal:
         with self._transaction(f"set meta {key!r}"):
             self._rows.put_record("meta", key, 0, value)
 
+    @property
+    def first_block(self) -> int:
+        with self._reading("read where segments begin"):
+            return self._derived.first_block
+
+    def begin_with(self, block: int) -> None:
+        with self._transaction("say where segments begin"):
+            self._derived.begin_with(block)
+
     def add_segment(self, manifest: SegmentManifest) -> None:
         with self._transaction(f"add segment {manifest.name}"):
-            position, next_block = self._rows.head().position, self._next_block()
-            if manifest.first_block != next_block or manifest.end > position:
-                raise ConfigError(
-                    f"segment {manifest.name} holds blocks from {manifest.first_block} on and tokens up to "
-                    f"{manifest.end}; block {next_block} comes next, and the session has {position} tokens."
-                )
-            self._rows.put_record("segment", manifest.name, manifest.first_block, manifest.to_json())
+            self._derived.add_segment(manifest)
+
+    def merge_segments(self, manifest: SegmentManifest) -> list[str]:
+        with self._transaction(f"merge segments into {manifest.name}"):
+            return self._derived.merge_segments(manifest)
 
     def segments(self) -> list[SegmentManifest]:
         with self._reading("read segments"):
-            manifests = [SegmentManifest.from_json(plain) for plain in self._rows.records("segment")]
-            next_block = 0
-            for manifest in manifests:
-                if manifest.first_block != next_block:
-                    self._rows.corrupt(f"the record of the segment with block {next_block} is missing")
-                next_block = manifest.end_block
-            return manifests
+            return self._derived.segments()
+
+    def drop_before(self, block: int) -> list[str]:
+        with self._transaction("drop old segments"):
+            return self._derived.drop_before(int(block))
 
     @property
     def indexed_through(self) -> int:
@@ -252,32 +229,23 @@ class SqliteJournal:
 
     def set_indexed_through(self, blocks: int) -> None:
         with self._transaction("set the index mark"):
-            stored = self._next_block()
-            if not 0 <= blocks <= stored:
-                raise ConfigError(f"the index mark is {blocks}; it must be in [0, {stored}], the blocks in segments.")
-            self._rows.put_head(replace(self._rows.head(), indexed_through=int(blocks)))
+            self._derived.set_indexed_through(blocks)
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
         with self._transaction(f"add snapshot {record.name}"):
-            position = self._rows.head().position
-            if not 0 <= record.position <= position:
-                raise ConfigError(
-                    f"snapshot {record.name} is of position {record.position}; it must be in [0, {position}]."
-                )
-            self._rows.put_record("snapshot", record.name, record.position, asdict(record))
+            self._derived.add_snapshot(record)
 
     def snapshots(self) -> list[SnapshotRecord]:
         with self._reading("read snapshots"):
-            return [SnapshotRecord(**plain) for plain in self._rows.records("snapshot")]
+            return self._derived.snapshots()
 
     def drop_snapshot(self, name: str) -> None:
         with self._transaction(f"drop snapshot {name}"):
-            self._rows.execute("DELETE FROM records WHERE kind = 'snapshot' AND name = ?", (name,))
+            self._derived.drop_snapshot(name)
 
     def drop_after(self, position: int) -> None:
-        position = int(position)
         with self._transaction("drop what is derived"):
-            self._drop_after(position)
+            self._derived.drop_after(int(position))
 
     def forget(
         self, start: int, end: int, *, scrub: Collection[int] = (), derived_to: int, meta: Mapping[str, Any]
@@ -291,7 +259,7 @@ class SqliteJournal:
                     f"session holds [0, {position}), and nothing past the first of them can be kept."
                 )
             cut_out(self._rows, start, end, scrub)
-            self._drop_after(derived_to)
+            self._derived.drop_after(derived_to)
             self._rows.put_head(replace(self._rows.head(), indexed_through=0))
             for key, value in meta.items():
                 self._rows.put_record("meta", key, 0, value)
@@ -309,6 +277,7 @@ class SqliteJournal:
             replace_database(self._connection(), self.path, other._rows.connection)
         finally:
             other.close()
+            self._derived.forget_what_was_read()
         with self._reading("read what was restored"):
             self._piece_start = self._rows.check_opened().position
 
@@ -355,6 +324,7 @@ class SqliteJournal:
                 yield
                 connection.execute("COMMIT")
             except BaseException:
+                self._derived.forget_what_was_read()
                 # SQLite has rolled back by itself after some errors (a full disk).
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
@@ -386,21 +356,6 @@ class SqliteJournal:
         ).fetchone()
         return start or 0
 
-    def _next_block(self) -> int:
-        """Blocks in segments."""
-        newest = self._rows.records("segment", newest_only=True)
-        return SegmentManifest.from_json(newest[0]).end_block if newest else 0
-
-    def _drop_after(self, position: int) -> None:
-        self._rows.execute("DELETE FROM records WHERE kind = 'snapshot' AND rank > ?", (position,))
-        past = [
-            m.first_block for m in map(SegmentManifest.from_json, self._rows.records("segment")) if m.end > position
-        ]
-        if past:
-            self._rows.execute("DELETE FROM records WHERE kind = 'segment' AND rank >= ?", (past[0],))
-            head = self._rows.head()
-            self._rows.put_head(replace(head, indexed_through=min(head.indexed_through, past[0])))
-
 
 def _token_ids(tokens: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:
     ids = np.asarray(tokens)
@@ -409,18 +364,3 @@ def _token_ids(tokens: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]
     if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
         raise ConfigError(f"tokens range from {ids.min()} to {ids.max()}; ids must be in [0, 2**31).")
     return ids.astype("<i4")
-
-
-def _begun(body: bytes) -> dict[str, Any]:
-    about = json.loads(body)
-    return {**about, "forgotten": tuple((first, last) for first, last in about.get("forgotten", ()))}
-
-
-def _joined(texts: list[Entry], start: int, end: int) -> str | None:
-    """The texts of a turn in order, if they cover [start, end) without a gap."""
-    at = start
-    for entry in texts:
-        if entry.start != at:
-            return None
-        at = entry.end
-    return b"".join(entry.body for entry in texts).decode("utf-8", "surrogatepass") if at == end else None

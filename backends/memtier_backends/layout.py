@@ -15,8 +15,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from memtier.errors import ConfigError
-from memtier_backends.base import DIGEST_BYTES
 from memtier_backends.files import flush_folder, storage_errors
+from memtier_backends.records import DIGEST_BYTES
 
 __all__ = ["SessionPaths", "check_store", "drop_partial", "remove_session", "session_folder", "session_folders"]
 

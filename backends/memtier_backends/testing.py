@@ -21,17 +21,9 @@ import numpy as np
 import pytest
 
 from memtier.errors import ConfigError, CorruptMemoryError, StorageError
-from memtier_backends.base import (
-    BlockPayload,
-    IndexRow,
-    Journal,
-    MemoryIndex,
-    RawArray,
-    SegmentManifest,
-    SegmentStore,
-    SnapshotRecord,
-)
+from memtier_backends.base import Journal, MemoryIndex, SegmentStore
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
+from memtier_backends.records import BlockPayload, IndexRow, RawArray, SegmentManifest, SnapshotRecord
 from memtier_backends.segments import pack_segment
 
 __all__ = [
@@ -265,6 +257,70 @@ class JournalSuite:
                 journal.set_indexed_through(blocks)
         journal.set_indexed_through(0)
         assert journal.indexed_through == 0
+
+    def test_one_segment_stands_for_several_and_may_be_told_so_twice(self, journal: Journal, path: Path) -> None:
+        first, second, third = self._with_segments(journal)
+        _, both = pack_segment(make_payloads(first.first_block, first.blocks + second.blocks))
+        assert journal.merge_segments(both) == [first.name, second.name]
+        assert journal.merge_segments(both) == []
+        assert journal.segments() == [both, third]
+        assert journal.indexed_through == 5
+        journal.close()
+        again = self.open(path)
+        assert again.segments() == [both, third]
+        again.verify()
+        again.close()
+
+    @pytest.mark.parametrize(("block", "blocks"), [(0, 4), (1, 4), (6, 1)], ids=["half-last", "half-first", "new"])
+    def test_a_segment_that_holds_other_blocks_stands_for_none(self, journal: Journal, block: int, blocks: int) -> None:
+        manifests = self._with_segments(journal)
+        _, other = pack_segment(make_payloads(block, blocks))
+        with pytest.raises(ConfigError, match="just these"):
+            journal.merge_segments(other)
+        assert journal.segments() == manifests
+
+    def test_a_segment_sent_twice_is_one(self, journal: Journal) -> None:
+        manifests = self._with_segments(journal)
+        journal.add_segment(manifests[-1])
+        assert journal.segments() == manifests
+
+    def test_old_segments_and_the_snapshots_that_need_them_are_dropped(self, journal: Journal, path: Path) -> None:
+        first, second, third = self._with_segments(journal)
+        at = journal.position
+        journal.add_snapshot(SnapshotRecord(at, "needs none of them", 1, "x", 6, first_block=4))
+        # block 4 lies in the second segment, which goes as a whole or not at all
+        assert sorted(journal.drop_before(4)) == sorted([first.name, "new", "old"])
+        assert journal.drop_before(4) == []
+        assert (journal.first_block, journal.segments()) == (3, [second, third])
+        assert [s.name for s in journal.snapshots()] == ["needs none of them"]
+        assert journal.indexed_through == 5
+        journal.close()
+        again = self.open(path)
+        assert (again.first_block, again.segments()) == (3, [second, third])
+        again.verify()
+        with pytest.raises(ConfigError, match="some already"):
+            again.begin_with(7)
+        # nothing to go on from is left: all is made again from the first token on
+        again.drop_after(at - 1)
+        assert (again.first_block, again.segments(), again.snapshots()) == (0, [], [])
+        assert again.indexed_through == 0
+        again.begin_with(2)
+        _, later = pack_segment(make_payloads(2, 2))
+        again.add_segment(later)
+        assert again.segments() == [later]
+        again.close()
+
+    def test_a_turn_says_what_was_dropped_when_it_began(self, journal: Journal) -> None:
+        for retained_from in (0, 3):
+            turn = journal.begin_turn(
+                role="user", source=None, metadata=None, created_at=0.0, retrieval="on", span_blocks=4,
+                retained_from=retained_from,
+            )  # fmt: skip
+            journal.commit(turn, [1, 2, 3, 4])
+        assert [turn.retained_from for turn in journal.turns()] == [0, 3]
+        # positions move down with the tokens before them
+        journal.forget(1, 3, derived_to=0, meta={})
+        assert [turn.retained_from for turn in journal.turns()] == [0, 1]
 
     def test_numpy_integers_are_integers(self, journal: Journal, path: Path) -> None:
         self._with_segments(journal)
@@ -559,6 +615,18 @@ class IndexSuite:
             await index.add(make_rows(["pear", "plum"], first_block=1, layers=self.layers))
             assert (await index.rows(0, 9))["text"].to_pylist() == ["plum", "pear", "plum"]
             assert [hit.block for hit in await index.search_text("pear", 5)] == [1]
+
+    async def test_old_rows_are_passed_over_and_dropped(self, tmp_path: Path) -> None:
+        async with self.opened(tmp_path, ["plum", "plum", "plum pear"]) as index:
+            for dropped in (False, True):
+                assert [hit.block for hit in await index.search_text("plum", 1, first_block=1)] == [1]
+                assert await index.search_text("plum", 9, first_block=3) == []
+                assert await index.count(1) == 2
+                assert await index.count() == (2 if dropped else 3)
+                await index.drop_before(1)
+            assert (await index.rows(0, 9))["block"].to_pylist() == [1, 2]
+            await index.add(make_rows(["plum"], first_block=3, layers=self.layers))
+            assert await index.count() == 3
 
     async def test_compaction_merges_fragments_and_changes_no_row(self, tmp_path: Path) -> None:
         async with self.opened(tmp_path) as index:

@@ -13,15 +13,17 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionBusyError
-from memtier.folder import META, Backends, SessionFolder, is_ours
+from memtier.folder import META, WEIGHTS, Backends, SessionFolder, is_ours
 from memtier.recovery.copies import CHECKPOINT
 from memtier.recovery.forget import INTENT, open_copy
 from memtier.reports import Finding, SessionHealth
+from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import SegmentStore
 from memtier_backends.files import flush_folder, storage_errors
 from memtier_backends.journal_salvage import salvage
 from memtier_backends.layout import SessionPaths
-from memtier_backends.segments import content_hash, verify_segment
+from memtier_backends.segments import verify_segment
+from memtier_backends.tensors import content_hash
 
 __all__ = ["examine"]
 
@@ -29,7 +31,9 @@ R = TypeVar("R")
 Run = Callable[..., Awaitable[Any]]
 
 
-async def examine(folder: Path, backends: Backends, run: Run, *, rebuild: bool, full: bool) -> SessionHealth:
+async def examine(
+    folder: Path, backends: Backends, run: Run, *, rebuild: bool, full: bool, weights: WeightsTier | None = None
+) -> SessionHealth:
     """Look over one session that nobody has open.
 
     Args:
@@ -37,6 +41,7 @@ async def examine(folder: Path, backends: Backends, run: Run, *, rebuild: bool, 
         run: `await run(function, *arguments)`, on the thread that journals belong to.
         rebuild: mend what is found; else only tell.
         full: read and check every byte; else sizes, the journal, and whether the index opens.
+        weights: a model whose values are to be compared with those that wrote the session; None for none.
     """
     examination = _Examination(SessionPaths(folder), rebuild)
     try:
@@ -47,6 +52,8 @@ async def examine(folder: Path, backends: Backends, run: Run, *, rebuild: bool, 
     if session is not None:
         try:
             await run(examination.files, session, full)
+            if weights is not None:
+                await run(examination.weights, session, weights)
             await examination.index(session, run, full)
         finally:
             await run(session.close)
@@ -185,6 +192,25 @@ class _Examination:
                     self.find(f"{where}{folder.name}/{name}", "is no part of a session")
                     self._quarantine(folder / name)
 
+    def weights(self, session: SessionFolder, weights: WeightsTier) -> None:
+        """Whether all values of the model are those that wrote the session."""
+        meta, kept = session.journal.get_meta(META), session.journal.get_meta(WEIGHTS)
+        if meta is None:
+            return
+        wrote = meta["model"]
+        if any(wrote[field] != weights.fingerprint[field] for field in ("config", "tensors")):
+            told = f"not compared: {wrote['name']!r} wrote this; give that model"
+            self.find("weights", told, mended=False, harm=False)
+        elif not kept or kept["dtype"] != weights.fingerprint["dtype"]:
+            known = f"they were hashed in {kept['dtype']}" if kept else "no hashes were kept"
+            self.find("weights", f"not compared: {known}", mended=False, harm=False)
+        else:
+            hashes = weights.tensor_hashes()
+            other = sorted(name for name in hashes if kept["hashes"].get(name) != hashes[name])
+            if other:
+                told = f"{len(other)} of {len(hashes)} tensors of {weights.name!r} have other values than those that"
+                self.find("weights", f"{told} wrote the session, first {other[0]!r}", mended=False)
+
     # -- the index
 
     async def index(self, session: SessionFolder, run: Run, full: bool) -> None:
@@ -200,9 +226,10 @@ class _Examination:
             sizes = [layer.shape[2] * layer.shape[3] for layer in segments[0].layers]
             index = await session.backends.index(self.paths.index, sizes)
             try:
-                count = await index.count()
-                if count < indexed:
-                    raise CorruptMemoryError(f"it has {count} rows, and the journal says {indexed}")
+                first = segments[0].first_block
+                count = await index.count(first)
+                if count < indexed - first:
+                    raise CorruptMemoryError(f"it has {count} rows, and the journal says {indexed - first}")
                 if full:
                     await index.rows(0, 2**62)
             finally:

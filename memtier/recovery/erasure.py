@@ -17,9 +17,11 @@ import numpy as np
 
 from memtier.folder import SessionFolder
 from memtier.reports import ErasureProof
-from memtier_backends.base import MemoryIndex, RawArray, SegmentManifest
+from memtier_backends.base import MemoryIndex
 from memtier_backends.layout import SessionPaths
-from memtier_backends.segments import read_kv, read_landmarks, unpack_tensors
+from memtier_backends.records import RawArray, SegmentManifest
+from memtier_backends.segments import read_kv, read_landmarks
+from memtier_backends.tensors import unpack_tensors
 
 __all__ = ["Evidence", "collect", "control", "prove"]
 

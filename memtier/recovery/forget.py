@@ -231,8 +231,11 @@ def _finish(session: SessionFolder) -> None:
 
 def _derived_to(journal: Journal, start: int) -> int:
     """The newest snapshot that never saw the span and whose blocks stay; 0 if there is none."""
-    blocks = sum(manifest.blocks for manifest in journal.segments() if manifest.end <= start)
-    usable = [s.position for s in journal.snapshots() if s.position <= start and s.blocks <= blocks]
+    first = journal.first_block
+    blocks = max((manifest.end_block for manifest in journal.segments() if manifest.end <= start), default=first)
+    usable = [
+        s.position for s in journal.snapshots() if s.position <= start and s.first_block >= first and s.blocks <= blocks
+    ]
     return max(usable, default=0)
 
 

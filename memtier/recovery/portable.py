@@ -29,15 +29,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtier.blocks import MemorySettings
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError
-from memtier.folder import EDITION, META, SessionFolder, check_writer
+from memtier.folder import EDITION, META, WEIGHTS, SessionFolder, check_writer
 from memtier.folder import FORMAT as SESSION_FORMAT
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.base import DIGEST_BYTES, SnapshotRecord
 from memtier_backends.files import TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
 from memtier_backends.lock import SessionLock
-from memtier_backends.segments import FileSegmentStore, content_hash, parse_segment
+from memtier_backends.records import DIGEST_BYTES, SnapshotRecord
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import parse_segment
+from memtier_backends.tensors import content_hash
 
 __all__ = ["export_session", "exported_id", "import_session"]
 
@@ -58,7 +60,8 @@ class _Part(_Strict):
     size: int = Count
     hash: str = Field(pattern=rf"^[0-9a-f]{{{2 * DIGEST_BYTES}}}$")
     position: int = Count  # of a snapshot
-    blocks: int = Count  # that a snapshot needs
+    blocks: int = Count  # that a snapshot needs, but for those before the next field
+    first_block: int = Field(default=0, ge=0, le=2**53)
 
 
 class _Turn(_Strict):
@@ -70,6 +73,12 @@ class _Turn(_Strict):
     span_blocks: int = Count
     end: int = Count
     text: str | None
+    retained_from: int = Field(default=0, ge=0, le=2**53)
+
+
+class _Weights(_Strict):
+    dtype: str
+    hashes: dict[str, str]
 
 
 class _Header(_Strict):
@@ -78,6 +87,7 @@ class _Header(_Strict):
     edition: str
     model: dict[str, Any]
     memory: dict[str, Any]
+    weights: _Weights | None = None
     turns: list[_Turn]
     marks: list[int]
     parts: list[_Part] = Field(min_length=1)
@@ -168,20 +178,23 @@ def _header_of(session: SessionFolder) -> tuple[_Header, bytes]:
     parts = [_Part(kind="tokens", size=len(tokens), hash=content_hash(tokens), position=0, blocks=0)]
     parts += [_Part(kind="segment", size=m.size, hash=m.hash, position=0, blocks=0) for m in journal.segments()]
     parts += [
-        _Part(kind="snapshot", size=s.size, hash=s.hash, position=s.position, blocks=s.blocks)
+        _Part(
+            kind="snapshot", size=s.size, hash=s.hash, position=s.position, blocks=s.blocks, first_block=s.first_block
+        )
         for s in journal.snapshots()
     ]
     turns = [
         _Turn(
             role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
             retrieval=turn.retrieval,  # pyright: ignore[reportArgumentType]  checked when the turn began
-            span_blocks=turn.span_blocks, end=turn.end, text=turn.text,
+            span_blocks=turn.span_blocks, end=turn.end, text=turn.text, retained_from=turn.retained_from,
         )
         for turn in journal.turns()
     ]  # fmt: skip
     header = _Header(
         id=meta["id"], created_at=meta["created_at"], edition=session.edition,
-        model=meta["model"], memory=meta["memory"], turns=turns, marks=journal.marks(0, position), parts=parts,
+        model=meta["model"], memory=meta["memory"], weights=journal.get_meta(WEIGHTS),
+        turns=turns, marks=journal.marks(0, position), parts=parts,
     )  # fmt: skip
     return header, tokens
 
@@ -242,6 +255,7 @@ def _fill(
     journal = SqliteJournal.open(scratch, scratch=True)
     try:
         journal.set_meta(META, meta)
+        journal.set_meta(WEIGHTS, None if header.weights is None else header.weights.model_dump())
         journal.set_meta(EDITION, header.edition)
         _fill_turns(journal, header, ids, where)
         segments, snapshots = FileSegmentStore(paths.segments), FileSegmentStore(paths.snapshots)
@@ -253,11 +267,15 @@ def _fill(
                 if manifest.end - manifest.start != manifest.blocks * sizes:
                     raise CorruptMemoryError(f"part {number + 1} of {where} has blocks of another size than {sizes}.")
                 segments.put(manifest.name, data)
+                if not journal.segments():
+                    # older ones were dropped
+                    journal.begin_with(manifest.first_block)
                 journal.add_segment(manifest)
             else:
                 name = f"{part.position:012d}-{part.hash[:16]}.safetensors"
                 snapshots.put(name, data)
-                journal.add_snapshot(SnapshotRecord(part.position, name, part.size, part.hash, part.blocks))
+                record = SnapshotRecord(part.position, name, part.size, part.hash, part.blocks, part.first_block)
+                journal.add_snapshot(record)
         journal.copy_to(paths.journal)
     except ValueError as error:
         # ConfigError of the journal: spans, ids or blocks that do not follow one another
@@ -270,13 +288,18 @@ def _fill_turns(journal: SqliteJournal, header: _Header, ids: np.ndarray, where:
     marks = set(header.marks)
     if header.marks != sorted(marks):
         raise CorruptMemoryError(f"{where} has marks that do not ascend.")
-    start = 0
+    start = dropped = 0
     for turn in header.turns:
         if not start < turn.end <= ids.size:
             raise CorruptMemoryError(f"{where} has a turn that ends at {turn.end}, after {start} of {ids.size} tokens.")
+        if not dropped <= turn.retained_from <= start:
+            raise CorruptMemoryError(
+                f"{where} has a turn at {start} for which tokens to {turn.retained_from} were old."
+            )
+        dropped = turn.retained_from
         number = journal.begin_turn(
             role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
-            retrieval=turn.retrieval, span_blocks=turn.span_blocks,
+            retrieval=turn.retrieval, span_blocks=turn.span_blocks, retained_from=turn.retained_from,
         )  # fmt: skip
         low, high = bisect_left(header.marks, start), bisect_left(header.marks, turn.end)
         cuts = {mark + 1 for mark in header.marks[low:high]}

@@ -5,6 +5,7 @@ What is read then is the text of each turn; where both models have the same toke
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 
 from memtier.blocks import MemorySettings
 from memtier.errors import IncompatibleMemoryError
-from memtier.folder import EDITION, META, Backends, check_owner, written_by
+from memtier.folder import EDITION, META, WEIGHTS, Backends, all_values, check_owner, written_by
 from memtier.recovery.forget import open_copy
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.base import Journal, TurnRecord
+from memtier_backends.base import Journal
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
+from memtier_backends.records import TurnRecord
 
 __all__ = ["reread"]
 
@@ -55,6 +57,7 @@ def reread(
         try:
             about = {"lineage": uuid4().hex, "reread_from": meta["model"]["name"], **written_by(weights, settings)}
             copy.set_meta(META, {**meta, **about})
+            copy.set_meta(WEIGHTS, all_values(weights))
             copy.set_meta(EDITION, uuid4().hex)
             _fill(copy, session.journal, meta, weights, settings)
         finally:
@@ -71,6 +74,7 @@ def _fill(
     copy: SqliteJournal, journal: Journal, meta: dict[str, Any], weights: WeightsTier, settings: MemorySettings
 ) -> None:
     codec = weights.codec
+    began, begins = [0], [0]
     same_tokens = meta["model"]["tokenizer"] == weights.fingerprint["tokenizer"]
     for turn in journal.turns():
         marks = journal.marks(turn.start, turn.end)
@@ -84,9 +88,13 @@ def _fill(
                 tokens = np.concatenate([np.array([codec.bos_token_id], np.int32), tokens])
                 marks = [mark + 1 for mark in marks]
         if tokens.size:
+            # in another model's tokens: what was dropped then, up to the turn that it reached into
+            retained_from = turn.retained_from if same_tokens else begins[bisect_right(began, turn.retained_from) - 1]
+            began.append(turn.start)
+            begins.append(copy.position)
             number = copy.begin_turn(
                 role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
-                retrieval=turn.retrieval, span_blocks=settings.span_blocks,
+                retrieval=turn.retrieval, span_blocks=settings.span_blocks, retained_from=retained_from,
             )  # fmt: skip
             _commit(copy, number, tokens, turn.text, {mark - turn.start for mark in marks})
 

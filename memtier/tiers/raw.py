@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memtier_backends.base import RawArray
+from memtier_backends.records import RawArray
 
 __all__ = ["to_raw", "to_tensor"]
 

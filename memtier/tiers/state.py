@@ -10,7 +10,7 @@ from memtier.cache import TieredCache
 from memtier.errors import IncompatibleMemoryError
 from memtier.reports import StateLayer, StateReport
 from memtier.tiers.raw import to_raw, to_tensor
-from memtier_backends.segments import pack_tensors, unpack_tensors
+from memtier_backends.tensors import pack_tensors, unpack_tensors
 
 __all__ = ["pack_snapshot", "state_report", "superseded", "unpack_snapshot"]
 

@@ -11,20 +11,25 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from memtier.blocks import MemoryBlock, MemorySettings
-from memtier.errors import IncompatibleMemoryError, SessionError
-from memtier.tiers.landmarks import LandmarkTable
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionError
+from memtier.tiers.landmarks import Held, LandmarkTable
 from memtier.tiers.raw import NAMES, to_raw, to_tensor
 from memtier.tiers.retry import retry_reads
-from memtier_backends.base import BlockPayload, SegmentManifest, SegmentStore
+from memtier_backends.base import SegmentStore
+from memtier_backends.records import BlockPayload, SegmentManifest
 from memtier_backends.segments import read_innovation, read_kv
 
 __all__ = ["StorageTier"]
+
+R = TypeVar("R")
 
 
 class StorageTier:
@@ -63,6 +68,7 @@ class StorageTier:
         self._block_bytes = int(np.prod(self.block_shape)) * self.dtype.itemsize
         self._innovation: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()
+        self.first_block = 0  # segments begin with it: older blocks were dropped
         self.durable_blocks = 0
         self.blocks_from_hot = 0
         self.blocks_from_disk = 0
@@ -102,8 +108,25 @@ class StorageTier:
 
     # -- the model thread
 
-    def load(self, manifests: Sequence[SegmentManifest]) -> None:
-        """Begin with what is on disk.
+    @property
+    def bytes_a_block(self) -> int:
+        """Of a block in a segment: K/V, landmarks, innovation."""
+        landmarks = sum(table.size for table in self._landmarks)
+        return len(self.layers) * self._block_bytes + 4 * (landmarks + self.settings.span_block_tokens)
+
+    def landmarks_in_memory(self) -> list[Held]:
+        """Copies of the landmarks that are in memory, a layer: for a session that begins with the same blocks."""
+        return [table.held() for table in self._landmarks]
+
+    def load(
+        self, manifests: Sequence[SegmentManifest], first_block: int = 0, landmarks: Sequence[Held] | None = None
+    ) -> None:
+        """Begin with what is on disk, and nothing else.
+
+        Args:
+            manifests: of all segments.
+            first_block: the segments begin with it.
+            landmarks: see `landmarks_in_memory`; None to read them.
 
         Raises:
             IncompatibleMemoryError: blocks of another shape or dtype than this model's; names the segment and field.
@@ -112,11 +135,14 @@ class StorageTier:
         for manifest in manifests:
             self._check_form(manifest)
         with self._lock:
-            self._manifests = list(manifests)
-            self._first_blocks = [manifest.first_block for manifest in manifests]
-            self.durable_blocks = manifests[-1].end_block if manifests else 0
-        for table in self._landmarks:
-            table.load(manifests)
+            self._set_manifests(list(manifests))
+            self.first_block = first_block
+            self.durable_blocks = manifests[-1].end_block if manifests else first_block
+            self._pinned = [{} for _ in self.layers]
+            self._innovation.clear()
+            self._hot.clear()
+        for table, known in zip(self._landmarks, landmarks or [None] * len(self._landmarks), strict=True):
+            table.load(manifests, self.durable_blocks, known)
 
     def append(
         self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
@@ -134,7 +160,7 @@ class StorageTier:
             return
         fresh = {first_block + i: torch.stack((keys[i], values[i])) for i in range(skip, keys.shape[0])}
         with self._lock:
-            table.append(landmarks[skip:].flatten(1), self.durable_blocks)
+            table.append(landmarks[skip:].flatten(1), self.durable_blocks, self.first_block)
             self._pinned[ordinal].update(fresh)
             self._shrink()
 
@@ -156,11 +182,11 @@ class StorageTier:
             for block in [b for b in self._innovation if b >= blocks]:
                 del self._innovation[block]
 
-    def pieces(self, layer: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Landmarks of blocks [0, upto) of a layer as (first block, (n, C) or (n, m, G, D)) pieces; views, not to be
-        kept."""
-        for first, rows in self._landmarks[self.layers[layer]].pieces(upto, self._manifests):
-            yield first, rows.unflatten(1, self._landmark_shape)
+    def pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Landmarks of blocks [first, upto) of a layer as (first block, (n, C) or (n, m, G, D)) pieces; views, not to
+        be kept."""
+        for at, rows in self._landmarks[self.layers[layer]].pieces(first, upto, self._on_disk):
+            yield at, rows.unflatten(1, self._landmark_shape)
 
     def fetch(self, layer: int, ids: Sequence[int], *, counted: bool = True) -> list[torch.Tensor]:
         """K and V (2, S, G, D) of each block, not to be written to. Each id once.
@@ -204,14 +230,27 @@ class StorageTier:
     def on_disk(self, manifest: SegmentManifest) -> None:
         """A segment and its manifest are safe: its blocks need not stay in memory."""
         with self._lock:
-            self._manifests.append(manifest)
-            self._first_blocks.append(manifest.first_block)
+            self._set_manifests([*self._manifests, manifest])
             self.durable_blocks = manifest.end_block
             for block in range(manifest.first_block, manifest.end_block):
                 self._innovation.pop(block, None)
                 for ordinal, pinned in enumerate(self._pinned):
                     self._hot[ordinal, block] = pinned.pop(block)
             self._shrink()
+
+    def merged(self, manifest: SegmentManifest) -> None:
+        """A segment stands for those that held its blocks, whose files may go."""
+        with self._lock:
+            others = [m for m in self._manifests if not manifest.first_block <= m.first_block < manifest.end_block]
+            self._set_manifests(sorted([*others, manifest], key=lambda m: m.first_block))
+
+    def drop_before(self, first_block: int) -> None:
+        """Segments of older blocks go: nothing asks for these blocks any more."""
+        with self._lock:
+            self._set_manifests([m for m in self._manifests if m.first_block >= first_block])
+            self.first_block = first_block
+            for key in [key for key in self._hot if key[1] < first_block]:
+                del self._hot[key]
 
     # -- one block, to look at
 
@@ -223,24 +262,24 @@ class StorageTier:
         Raises:
             SessionError: there is no such block.
         """
-        if not 0 <= block < self.blocks:
+        if not self.first_block <= block < self.blocks:
             raise SessionError(
-                f"block {block} is not in storage, which holds blocks 0 to {self.blocks - 1}. "
+                f"block {block} is not in storage, which holds blocks {self.first_block} to {self.blocks - 1}. "
                 f"The newest tokens are in the window: see inspect().context."
             )
         with self._lock:
-            manifest = self._manifest(block)
+            on_disk = block < self.durable_blocks
             innovation = self._innovation.get(block)
             rows = [table.row(block) for table in self._landmarks]
         kv = [self.fetch(layer, [block], counted=False)[0] for layer in self.layers] if with_kv else []
-        if manifest is None:
+        if not on_disk:
             assert innovation is not None, f"block {block} is neither pending nor on disk"
             return kv, [row for row in rows if row is not None], innovation
         landmarks = [
-            table.row_on_disk(block, manifest) if row is None else row
+            table.row_on_disk(block, self._on_disk) if row is None else row
             for table, row in zip(self._landmarks, rows, strict=True)
         ]
-        innovation = retry_reads(lambda: read_innovation(self.store, manifest))[block - manifest.first_block]
+        innovation = self._on_disk(block, lambda m: read_innovation(self.store, m)[block - m.first_block])
         return kv, landmarks, np.array(innovation)
 
     # -- private
@@ -271,16 +310,31 @@ class StorageTier:
             self._hot.move_to_end((ordinal, block))
         return tensor
 
-    def _manifest(self, block: int) -> SegmentManifest | None:
-        if block >= self.durable_blocks:
-            return None
-        return self._manifests[bisect_right(self._first_blocks, block) - 1]
+    def _set_manifests(self, manifests: list[SegmentManifest]) -> None:
+        self._manifests = manifests
+        self._first_blocks = [manifest.first_block for manifest in manifests]
+
+    def _manifest(self, block: int) -> SegmentManifest:
+        with self._lock:
+            there = self.first_block <= block < self.durable_blocks
+            assert there, f"block {block} is neither in memory nor on disk, where blocks {self.first_block} to " + (
+                f"{self.durable_blocks - 1} are"
+            )
+            return self._manifests[bisect_right(self._first_blocks, block) - 1]
+
+    def _on_disk(self, block: int, read: Callable[[SegmentManifest], R]) -> R:
+        """What `read` finds in the segment of a block."""
+        while True:
+            manifest = self._manifest(block)
+            try:
+                return retry_reads(partial(read, manifest))
+            except CorruptMemoryError:
+                # its segment may have been merged into another meanwhile, and its file be gone
+                if self._manifest(block) is manifest:
+                    raise
 
     def _read(self, ordinal: int, block: int) -> torch.Tensor:
-        with self._lock:
-            manifest = self._manifest(block)
-        assert manifest is not None, f"block {block} of layer ordinal {ordinal} is neither in memory nor on disk"
-        return to_tensor(retry_reads(lambda: read_kv(self.store, manifest, ordinal, block)))
+        return to_tensor(self._on_disk(block, lambda manifest: read_kv(self.store, manifest, ordinal, block)))
 
     def _shrink(self) -> None:
         if self._hot_limit is None:

@@ -1,26 +1,21 @@
 """The weights tier: a model and its tokenizer, perhaps under an adapter, their fingerprint, and one step through them.
 
-A fingerprint is made of the model's configuration, the names and shapes of its tensors, a few values of each, the
-tokenizer and the adapter. Neither device nor dtype is part of it: values are compared after rounding to the coarser of
-the two dtypes.
+What a model is known again by: fingerprint.py.
 """
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from hashlib import blake2b
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -35,16 +30,11 @@ from memtier.models.primed_checkpoint import MODEL_TYPE, load_primed_checkpoint,
 from memtier.models.stock import HybridReader, StockLayout, StockReader, is_hybrid
 from memtier.reports import WeightsReport
 from memtier.text import TextCodec
+from memtier.tiers.fingerprint import DTYPES, NO_ADAPTER, digest, fingerprint_of, hash_tensors, same_values
 
 __all__ = ["WeightsTier"]
 
 log = logging.getLogger("memtier")
-
-VALUES_A_TENSOR = 4
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Names, paths and library versions say nothing about what the model computes.
-NO_ADAPTER = "none"
-NOT_FINGERPRINTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 
 
 class WeightsTier:
@@ -77,7 +67,9 @@ class WeightsTier:
         self._was_training = model.training
         model.eval()
         self.device, self.dtype = _execution_device(model), model.dtype
-        self.fingerprint = _fingerprint(model, codec.tokenizer)
+        self.fingerprint = fingerprint_of(model, codec.tokenizer)
+        self._tensors = dict(model.named_parameters())  # as they were named before an adapter came
+        self._hashes: dict[str, str] | None = None
         self._size = [(p.numel(), p.numel() * p.element_size()) for p in model.parameters()]
         ends = self.config.eos_token_id, getattr(model.generation_config, "eos_token_id", None)
         self.end_tokens = frozenset(t for end in ends for t in ([end] if isinstance(end, int) else end or ()))
@@ -237,13 +229,19 @@ class WeightsTier:
                     f"{self.fingerprint[field]} of {self.name!r}. {hint} Open it with the model that wrote it."
                 )
         self._check_digest(stored.get("adapter", NO_ADAPTER), where)
-        if not _same_values(stored, self.fingerprint):
+        if not same_values(stored, self.fingerprint):
             raise IncompatibleMemoryError(
                 f"{where} was written by another model: values of its weights differ from those of {self.name!r}, "
                 f"though names and shapes agree. Open it with the weights that wrote it."
             )
         if stored["dtype"] != self.fingerprint["dtype"]:
             log.warning("%s was written in %s and is read in %s", where, stored["dtype"], self.fingerprint["dtype"])
+
+    def tensor_hashes(self) -> dict[str, str]:
+        """A hash of all values of each tensor, in the dtype that the model is in; made when first asked for."""
+        if self._hashes is None:
+            self._hashes = hash_tensors(self._given, self._tensors)
+        return self._hashes
 
     def check_adapter(self, adapter: str | Path, session_id: str) -> None:
         """Refuse an adapter that is not the one in use.
@@ -282,7 +280,7 @@ class WeightsTier:
             bytes=sum(size for _, size in self._size),
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),
-            fingerprint=_digest(json.dumps(self.fingerprint, sort_keys=True).encode()),
+            fingerprint=digest(json.dumps(self.fingerprint, sort_keys=True).encode()),
             adapters=() if self.adapter is None else (self.adapter.name,),
         )
 
@@ -352,55 +350,3 @@ def _execution_device(model: PreTrainedModel) -> torch.device:
             f"one device. Load it with device_map='cuda:0', or with layers offloaded to 'cpu' or 'disk'."
         )
     return devices.pop()
-
-
-def _digest(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
-
-
-def _fingerprint(model: PreTrainedModel, tokenizer: Any) -> dict[str, str]:
-    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_FINGERPRINTED}
-    tensors = dict(model.named_parameters())
-    picked = [_sample(_held(model, name, tensor)) for name, tensor in tensors.items()]
-    return {
-        "config": _digest(json.dumps(config, sort_keys=True, default=str).encode()),
-        "tensors": _digest(json.dumps([(name, tuple(t.shape)) for name, t in tensors.items()]).encode()),
-        "values": base64.b64encode(torch.cat(picked).numpy().tobytes()).decode(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "adapter": NO_ADAPTER,
-    }
-
-
-def _held(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter's values, also where a device map keeps them in host memory or on disk, or they are quantised."""
-    if tensor.is_meta:
-        module, _, last = name.rpartition(".")
-        kept = getattr(getattr(model.get_submodule(module), "_hf_hook", None), "weights_map", None)
-        if kept is None:
-            raise ConfigError(
-                f"parameter {name} is on the meta device and holds nothing. Load the model's weights first."
-            )
-        return kept[last]
-    # a tensor of torchao knows few operations
-    return tensor.dequantize() if is_traceable_wrapper_subclass(tensor) else tensor
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(VALUES_A_TENSOR, flat.numel())).long()
-    return flat[at.to(flat.device)].to("cpu", torch.float64)
-
-
-def _same_values(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
-    a, b = (torch.frombuffer(bytearray(base64.b64decode(f["values"])), dtype=torch.float64) for f in (one, two))
-    dtypes = (DTYPES[one["dtype"]], DTYPES[two["dtype"]])
-    return a.shape == b.shape and any(torch.equal(a.to(d), b.to(d)) for d in dtypes)
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    if tokenizer is None:
-        return "none"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return _digest(text.encode())

@@ -18,11 +18,14 @@ from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
 from memtier_backends.lock import SessionLock
-from memtier_backends.segments import FileSegmentStore, pack_segment
+from memtier_backends.merging import merged, next_merge
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import pack_segment
 from memtier_backends.testing import BLOCK_TOKENS, begin_turn, make_payloads, make_rows
 
 LAYERS = (6, 6)
 MAX_TOKENS = 100_000
+MERGE_EVERY = 4
 
 
 def token_at(position: int) -> int:
@@ -51,11 +54,17 @@ async def write(folder: Path, kill_at: int, with_index: bool) -> None:
         start = journal.position
         journal.commit(turn, [token_at(start + n) for n in range(BLOCK_TOKENS)])
         print(journal.position, flush=True)
-        stored = sum(manifest.blocks for manifest in journal.segments())
+        segments = journal.segments()
         sealed = journal.position // BLOCK_TOKENS
+        stored = segments[-1].end_block if segments else 0
         data, manifest = pack_segment(make_payloads(stored, sealed - stored))
         store.put(manifest.name, data)
         journal.add_segment(manifest)
+        if neighbours := next_merge(journal.segments(), (), most_blocks=16, patience=MERGE_EVERY):
+            data, manifest = merged(store, neighbours)
+            store.put(manifest.name, data)
+            for name in journal.merge_segments(manifest):
+                store.delete(name)
         first = journal.indexed_through
         texts = [f"text of block {block}" for block in range(first, sealed)]
         await index.add(make_rows(texts, first_block=first, layers=LAYERS))

@@ -17,11 +17,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from memtier_backends.base import SnapshotRecord
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, session_folder
 from memtier_backends.lock import SessionLock
-from memtier_backends.segments import FileSegmentStore, content_hash, pack_segment, pack_tensors
+from memtier_backends.merging import merged, next_merge
+from memtier_backends.records import SnapshotRecord
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import pack_segment
+from memtier_backends.tensors import content_hash, pack_tensors
 from memtier_backends.testing import BLOCK_TOKENS, begin_turn, make_payloads
 
 
@@ -38,9 +41,18 @@ def write(store: Path, seed: int) -> None:
         tokens: list[int] = []
         kept: list[int] | None = None
         copy = paths.folder / "copy.sqlite3"
+
+        def delete(names: list[str]) -> None:
+            # a copy that was kept names them too, and has no links of its own here
+            for name in names if kept is None else ():
+                segments.delete(name)
+                snapshots.delete(name)
+
         for _ in range(40):
             what = choose.choice(
-                ["commit"] * 6 + ["segment", "segment", "snapshot", "forget", "keep", "restore", "fold"]
+                ["commit"] * 6
+                + ["segment"] * 3
+                + ["merge", "merge", "drop", "snapshot", "forget", "keep", "restore", "fold"]
             )
             if what == "commit":
                 new = [choose.randrange(1000) for _ in range(choose.randrange(1, 3) * BLOCK_TOKENS)]
@@ -49,16 +61,29 @@ def write(store: Path, seed: int) -> None:
                 tokens = tokens + new
                 say("done", tokens)
             elif what == "segment":
-                stored = sum(manifest.blocks for manifest in journal.segments())
+                known = journal.segments()
+                stored = known[-1].end_block if known else journal.first_block
                 if stored < len(tokens) // BLOCK_TOKENS:
                     data, manifest = pack_segment(make_payloads(stored, len(tokens) // BLOCK_TOKENS - stored))
                     segments.put(manifest.name, data)
                     journal.add_segment(manifest)
+            elif what == "merge":
+                if neighbours := next_merge(journal.segments(), (), most_blocks=16, patience=2):
+                    data, manifest = merged(segments, neighbours)
+                    segments.put(manifest.name, data)
+                    delete(journal.merge_segments(manifest))
+            elif what == "drop":
+                known = journal.segments()
+                if len(known) > 1 and any(s.first_block >= known[0].end_block for s in journal.snapshots()):
+                    delete(journal.drop_before(known[0].end_block))
             elif what == "snapshot":
                 data = pack_tensors({}, {"position": str(len(tokens))})
                 name = f"{len(tokens):012d}-{content_hash(data)[:16]}.safetensors"
                 snapshots.put(name, data)
-                journal.add_snapshot(SnapshotRecord(len(tokens), name, len(data), content_hash(data), 0))
+                known = journal.segments()
+                needs = known[-1].first_block if known else journal.first_block
+                record = SnapshotRecord(len(tokens), name, len(data), content_hash(data), needs, first_block=needs)
+                journal.add_snapshot(record)
             elif what == "forget" and tokens:
                 start = choose.randrange(len(tokens))
                 end = choose.randrange(start + 1, len(tokens) + 1)

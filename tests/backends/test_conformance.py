@@ -6,7 +6,7 @@ from memtier_backends.base import Journal, MemoryIndex, SegmentStore
 from memtier_backends.index_lance import LanceIndex
 from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.segments import FileSegmentStore
+from memtier_backends.segment_store import FileSegmentStore
 from memtier_backends.testing import (
     Faults,
     FaultyIndex,

@@ -10,19 +10,12 @@ import numpy as np
 import pytest
 
 from memtier.errors import MemtierError
-from memtier_backends.base import RawArray, SnapshotRecord
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
-from memtier_backends.segments import (
-    FileSegmentStore,
-    content_hash,
-    pack_segment,
-    pack_tensors,
-    read_innovation,
-    read_kv,
-    read_landmarks,
-    unpack_tensors,
-)
+from memtier_backends.records import RawArray, SnapshotRecord
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import pack_segment, read_innovation, read_kv, read_landmarks
+from memtier_backends.tensors import content_hash, pack_tensors, unpack_tensors
 from memtier_backends.testing import BLOCK_TOKENS, begin_turn, make_payloads
 
 TRIALS = 200

@@ -8,7 +8,7 @@ from memtier.errors import StorageError, StorageFullError
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
 from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.segments import FileSegmentStore
+from memtier_backends.segment_store import FileSegmentStore
 from memtier_backends.testing import begin_turn, make_rows
 
 pytestmark = pytest.mark.anyio

@@ -14,8 +14,8 @@ from memtier.errors import (
     StorageError,
     StorageFullError,
 )
-from memtier_backends.base import SnapshotRecord
 from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.records import SnapshotRecord
 from memtier_backends.segments import pack_segment
 from memtier_backends.testing import begin_turn, make_payloads
 

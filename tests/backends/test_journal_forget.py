@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from memtier.errors import ConfigError, CorruptMemoryError, StorageError
 from memtier_backends import sqlite_file
-from memtier_backends.base import SnapshotRecord
 from memtier_backends.journal_forget import as_it_stands, as_said
 from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.records import SnapshotRecord
 from memtier_backends.segments import pack_segment
 from memtier_backends.testing import begin_turn, make_payloads
 

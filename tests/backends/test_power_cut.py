@@ -17,7 +17,9 @@ import pytest
 
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, session_folder
-from memtier_backends.segments import FileSegmentStore, content_hash, verify_segment
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import verify_segment
+from memtier_backends.tensors import content_hash
 
 HERE = Path(__file__).parent
 POINTS = 50

@@ -12,18 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtier.errors import ConfigError, CorruptMemoryError, StorageError, StorageFullError
-from memtier_backends.base import BlockPayload, RawArray, SegmentManifest
-from memtier_backends.segments import (
-    FileSegmentStore,
-    content_hash,
-    pack_segment,
-    pack_tensors,
-    read_innovation,
-    read_kv,
-    read_landmarks,
-    unpack_tensors,
-    verify_segment,
-)
+from memtier_backends.records import BlockPayload, RawArray, SegmentManifest
+from memtier_backends.segment_store import FileSegmentStore
+from memtier_backends.segments import pack_segment, read_innovation, read_kv, read_landmarks, verify_segment
+from memtier_backends.tensors import content_hash, pack_tensors, unpack_tensors
 from memtier_backends.testing import make_payloads
 
 

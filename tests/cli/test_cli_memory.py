@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     """`run(*arguments)` with --json: the object that was printed, or (exit code, message)."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text(TEXT)
-    without_a_model = {"checkpoints", "sessions", "delete", "doctor"}
+    without_a_model = {"checkpoints", "sessions", "delete"}
 
     def run(*arguments: str, plain: bool = False) -> Any:
         options = [] if arguments[0] in without_a_model else ["--model", str(model)]

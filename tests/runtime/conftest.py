@@ -18,7 +18,7 @@ from memtier_backends.base import SegmentStore
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
 from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.segments import FileSegmentStore
+from memtier_backends.segment_store import FileSegmentStore
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from memtier.errors import CorruptMemoryError
+from memtier.testing import tiny_model
 from memtier_backends.layout import SessionPaths, session_folder
 
 pytestmark = pytest.mark.anyio
@@ -201,3 +203,23 @@ async def test_a_damaged_index_is_made_again(tmp_path, tokenizer) -> None:
         shutil.rmtree(index)
         session = await runtime.session("a")
         assert "Zebras" in (await session.recall("zebras"))[0].text
+
+
+async def test_every_value_of_the_weights_is_compared(open_store, stored, model) -> None:
+    changed = copy.deepcopy(model)
+    name, tensor = next((name, one) for name, one in changed.named_parameters() if one.numel() > 8)
+    with torch.no_grad():
+        # not one of the few that every open compares
+        tensor.view(-1)[1] += 1
+    async with open_store(model=changed) as runtime:
+        (quick,) = await runtime.doctor()
+        assert quick.healthy
+        (full,) = await runtime.doctor(full=True)
+        (told,) = [finding for finding in full.findings if finding.what == "weights"]
+        assert not full.healthy and not told.mended
+        assert "1 of " in told.problem and repr(name) in told.problem
+    for other in (copy.deepcopy(model).float(), tiny_model(window_tokens=32)):
+        async with open_store(model=other) as runtime:
+            (full,) = await runtime.doctor(full=True)
+            (told,) = [finding for finding in full.findings if finding.what == "weights"]
+            assert full.healthy and told.harmless and "not compared" in told.problem

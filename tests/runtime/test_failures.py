@@ -19,7 +19,7 @@ from memtier.errors import (
 from memtier.reader import Reader
 from memtier_backends.faults import Faults
 from memtier_backends.layout import session_folder
-from memtier_backends.segments import FileSegmentStore
+from memtier_backends.segment_store import FileSegmentStore
 
 pytestmark = pytest.mark.anyio
 

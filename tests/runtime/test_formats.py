@@ -13,7 +13,7 @@ from memtier.testing import tiny_model
 from memtier.tiers import state
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, session_folder
-from memtier_backends.segments import content_hash
+from memtier_backends.tensors import content_hash
 
 pytestmark = pytest.mark.anyio
 

@@ -19,10 +19,10 @@ import memtier
 from memtier.errors import ConfigError, IncompatibleMemoryError, ModelError, SessionBusyError, SessionError
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
-from memtier_backends.base import IndexRow
 from memtier_backends.index_memory import MemoryIndexAdapter
 from memtier_backends.layout import session_folder
 from memtier_backends.lock import SessionLock
+from memtier_backends.records import IndexRow
 
 pytestmark = pytest.mark.anyio
 

@@ -14,7 +14,7 @@ from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionE
 from memtier.recovery.portable import PREFIX
 from memtier.testing import tiny_model
 from memtier_backends.layout import session_folder
-from memtier_backends.segments import content_hash
+from memtier_backends.tensors import content_hash
 
 pytestmark = pytest.mark.anyio
 

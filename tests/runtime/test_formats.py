@@ -82,7 +82,7 @@ async def test_a_snapshot_of_another_format_is_refused_by_name(open_store, ids, 
         await session.observe(ids[:50])
         reader = session.timeline.reader
         monkeypatch.setattr(state, "FORMAT", "memtier-snapshot-0")
-        data = await session.model_thread.run(reader.snapshot)
+        data, _ = await session.model_thread.run(reader.snapshot)
         monkeypatch.undo()
         with pytest.raises(IncompatibleMemoryError, match="format 'memtier-snapshot-0'"):
             await session.model_thread.run(reader.restore, data, "x", content_hash(data))

@@ -1,17 +1,17 @@
-"""How a run trains: `FitSettings`."""
+"""How a run trains: `FitSettings`; and in which precision any recipe runs the forward pass."""
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from memtier.errors import ConfigError
 
-__all__ = ["FitSettings", "Precision"]
+__all__ = ["FitSettings", "Precision", "autocast", "check_precision"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -53,8 +53,7 @@ class FitSettings:
                 raise ConfigError(f"{name} is {value}; it must be at least 1.")
         if not 0.0 <= self.warmup_share < 1.0:
             raise ConfigError(f"warmup_share is {self.warmup_share}; it must be 0 or more, and below 1.")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"precision is {self.precision!r}; use 'auto', 'float32' or 'bfloat16'.")
+        check_precision(self.precision)
 
     def rate(self, step: int) -> float:
         """Learning rate of one step."""
@@ -65,5 +64,16 @@ class FitSettings:
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Around a forward pass on that device."""
-        wanted = self.precision == "bfloat16" or (self.precision == "auto" and device.type == "cuda")
-        return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
+        return autocast(self.precision, device)
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ConfigError that names what may be chosen."""
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}; use 'auto', 'float32' or 'bfloat16'.")
+
+
+def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Around a forward pass of that precision on that device."""
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()

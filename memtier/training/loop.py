@@ -17,6 +17,7 @@ import torch
 from memtier.blocks import FarAttention
 from memtier.errors import ConfigError, ModelError
 from memtier.training.checkpoint import load_checkpoint, save_checkpoint
+from memtier.training.fit_settings import Precision, autocast, check_precision
 from memtier.training.gradients import enable_checkpointing
 from memtier.training.levels import Curriculum
 from memtier.training.metrics import LogRow, Meter, keep_rows_until
@@ -44,7 +45,7 @@ class LoopSettings:
         far_attention: (until which progress, kinds) pairs; the kinds take turns, a step each.
         warmup_steps, decay_from: the learning rate rises over warmup_steps, stays, and falls to 0 from decay_from on.
         far_tokens: an answer whose code was seen further back counts as far.
-        autocast: run the forward pass in bfloat16; None: on a GPU.
+        precision: of the forward pass; see `FitSettings`.
     """
 
     minutes: float | None = None
@@ -59,7 +60,7 @@ class LoopSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     gradient_clip: float = 1.0
     far_tokens: int = 256
-    autocast: bool | None = None
+    precision: Precision = "auto"
     gradient_checkpointing: bool = False
     log_every_steps: int = 10
     checkpoint_every_seconds: float = 120.0
@@ -75,6 +76,7 @@ class LoopSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}; progress must rise up to 1.0.")
         if min(tokens for _, tokens in self.sequence_tokens) < 160:
             raise ConfigError(f"sequence_tokens is {self.sequence_tokens}; a sequence has at least 160 tokens.")
+        check_precision(self.precision)
         kinds = [kind for _, turns in self.far_attention for kind in turns or ("",)]
         if unknown := [kind for kind in kinds if kind not in get_args(FarAttention)]:
             raise ConfigError(f"far_attention holds {unknown[0]!r}; use some of {', '.join(get_args(FarAttention))}.")
@@ -186,7 +188,7 @@ def train(
         if skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
             raise ModelError(
                 f"{skipped_in_a_row} steps up to step {state.step} had a loss or gradient that is not finite."
-                f" Lower peak_learning_rate ({settings.peak_learning_rate}) or set autocast to False, and resume."
+                f" Lower peak_learning_rate ({settings.peak_learning_rate}) or set precision to float32, and resume."
             )
         seconds = time.monotonic() - begun
         state = replace(state, seconds=state.seconds + seconds)
@@ -236,8 +238,7 @@ def _one_step(
         torch.from_numpy(a).to(device)
         for a in (batch.tokens, batch.kinds, batch.distance, batch.loss_weights(), batch.levels == level)
     )
-    autocast = device.type == "cuda" if settings.autocast is None else settings.autocast
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+    with autocast(settings.precision, device):
         output: Any = model(input_ids=tokens, labels=tokens, loss_weights=weights, far_attention=far_attention)
     loss = output.loss
     optimizer.zero_grad(set_to_none=True)

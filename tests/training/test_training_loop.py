@@ -32,7 +32,7 @@ SETTINGS = LoopSettings(
     warmup_steps=2,
     log_every_steps=4,
     checkpoint_every_seconds=0.0,
-    autocast=False,
+    precision="float32",
     far_tokens=24,
 )
 
@@ -154,8 +154,17 @@ def test_a_checkpoint_of_another_model_seed_or_format_is_refused(mixer: TaskMixe
         {"steps": 1, "sequence_tokens": ((0.5, 512),)},
         {"steps": 1, "far_attention": ((1.0, ("near",)),)},
         {"steps": 1, "far_attention": ((1.0, ()),)},
+        {"steps": 1, "precision": "float8"},
     ],
-    ids=["no-budget", "two-budgets", "zero", "progress-ends-early", "unknown-attention", "no-attention"],
+    ids=[
+        "no-budget",
+        "two-budgets",
+        "zero",
+        "progress-ends-early",
+        "unknown-attention",
+        "no-attention",
+        "unknown-precision",
+    ],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict) -> None:
     with pytest.raises(ConfigError):

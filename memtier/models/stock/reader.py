@@ -47,6 +47,8 @@ class StockReader:
         ConfigError: a model that cannot be read so; the message says why.
     """
 
+    implementation = IMPLEMENTATION
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._config: Any = model.config.get_text_config()
@@ -114,7 +116,7 @@ class StockReader:
     def _our_attention(self) -> Iterator[None]:
         # the layers ask their config at each call; model.set_attn_implementation would walk all modules
         before = self._config._attn_implementation
-        self._config._attn_implementation = IMPLEMENTATION
+        self._config._attn_implementation = self.implementation
         try:
             yield
         finally:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -51,10 +50,12 @@ class HybridReader(StockReader):
     """
 
     layout: HybridLayout
+    implementation = IMPLEMENTATION
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._config: Any = model.config.get_text_config()
         was_training = model.training
         model.eval()
         try:
@@ -106,7 +107,7 @@ class HybridReader(StockReader):
             options["position_ids"] = torch.zeros_like(ids)
         if self._keeps:
             options["logits_to_keep"] = keep
-        with self._announced_attention():
+        with self._our_attention():
             logits = self.model(input_ids=ids, **options).logits
         if not bool(logits.isfinite().all()):
             raise ModelError(
@@ -115,18 +116,6 @@ class HybridReader(StockReader):
             )
         cache.advance(plan, step.finished())
         return logits
-
-    @contextmanager
-    def _announced_attention(self) -> Iterator[None]:
-        if not any(self.layout.attends):
-            yield
-            return
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(before or "eager")
 
     def _try(self) -> None:
         """Logits of a few tokens, in pieces, against the model's own."""

@@ -6,6 +6,7 @@ What its rows are, how they are chained and checked: journal_rows.py. Here is wh
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -71,6 +72,8 @@ class SqliteJournal:
         self.path = path
         self._read_only = read_only
         self._closed = False
+        # One connection has one transaction: a second thread waits for the first.
+        self._one_at_a_time = threading.RLock()
         self._rows = JournalRows(path, connection)
         self._derived = DerivedRecords(self._rows, alone=not read_only)
         # A text given later stands for the tokens from here on. Where the piece of a turn begun before this open began
@@ -268,13 +271,15 @@ class SqliteJournal:
     # The file
 
     def copy_to(self, path: Path) -> None:
-        copy_database(self._connection(), self.path, path)
+        with self._one_at_a_time:
+            copy_database(self._connection(), self.path, path)
 
     def replace_with(self, path: Path) -> None:
         other = SqliteJournal.open(path, read_only=True)
         try:
             other.verify()
-            replace_database(self._connection(), self.path, other._rows.connection)
+            with self._one_at_a_time:
+                replace_database(self._connection(), self.path, other._rows.connection)
         finally:
             other.close()
             self._derived.forget_what_was_read()
@@ -293,9 +298,8 @@ class SqliteJournal:
         self.segments()
 
     def checkpoint(self) -> None:
-        connection = self._connection()
-        with sqlite_errors(self.path, "checkpoint"):
-            truncate_log(connection, self.path)
+        with self._one_at_a_time, sqlite_errors(self.path, "checkpoint"):
+            truncate_log(self._connection(), self.path)
 
     def close(self) -> None:
         if self._closed:
@@ -317,8 +321,8 @@ class SqliteJournal:
     @contextmanager
     def _transaction(self, action: str) -> Iterator[None]:
         """All of the body's writes or none; durable when it ends."""
-        connection = self._connection()
-        with sqlite_errors(self.path, action):
+        with self._one_at_a_time, sqlite_errors(self.path, action):
+            connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -333,8 +337,8 @@ class SqliteJournal:
     @contextmanager
     def _reading(self, action: str) -> Iterator[None]:
         """One consistent view for several reads, also beside a writer in another process."""
-        connection = self._connection()
-        with sqlite_errors(self.path, action):
+        with self._one_at_a_time, sqlite_errors(self.path, action):
+            connection = self._connection()
             connection.execute("BEGIN")
             try:
                 yield

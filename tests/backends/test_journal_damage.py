@@ -3,6 +3,7 @@
 import random
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -275,4 +276,17 @@ def test_a_copy_of_a_live_journal_with_its_log_is_whole(path: Path, tmp_path: Pa
     assert everything(copy) == everything(journal)
     copy.verify()
     copy.close()
+    journal.close()
+
+
+def test_a_second_thread_waits_and_is_not_told_of_damage(path: Path) -> None:
+    journal = SqliteJournal.open(path)
+    turn = begin_turn(journal)
+    before = journal.position
+    with ThreadPoolExecutor(2) as pool:
+        reads = pool.submit(lambda: [journal.position for _ in range(2_000)])
+        for n in range(50):
+            journal.commit(turn, [n])
+        seen = reads.result()
+    assert seen == sorted(seen) and set(seen) <= set(range(before, before + 51))
     journal.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from contextlib import closing
 from pathlib import Path
 
 import anyio
@@ -23,6 +24,7 @@ from memtier.runtime import Runtime
 from memtier.testing import tiny_model
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.faults import Faults
+from memtier_backends.journal_sqlite import SqliteJournal
 
 pytestmark = pytest.mark.anyio
 
@@ -58,7 +60,8 @@ async def test_tokens_are_in_the_journal_before_the_model_reads_them(open_store,
         original = WeightsTier.step
 
         def step(weights, tokens, cache, keep):
-            gaps.append(session.timeline.history.journal.position - (cache.position + tokens.numel()))
+            with closing(SqliteJournal.open(session.folder.paths.journal, read_only=True)) as on_disk:
+                gaps.append(on_disk.position - (cache.position + tokens.numel()))
             return original(weights, tokens, cache, keep)
 
         monkeypatch.setattr(WeightsTier, "step", step)

@@ -50,6 +50,7 @@ class MemorySettings:
     landmark_keys: int = 0
     landmark_kind: Literal["mean", "bounds"] = "mean"
     query_kind: Literal["mean", "max"] = "mean"
+    recency_share: float = 0.0
 
     @property
     def widened(self) -> bool:

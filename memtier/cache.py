@@ -77,7 +77,7 @@ class TieredCache(Cache):
         super().__init__(layers=[])
         self.config = config
         self.settings = config.memory_settings() if settings is None else settings
-        self.selector: SpanSelector = HostSpanSelector() if selector is None else selector
+        self.selector: SpanSelector = HostSpanSelector(self.settings.recency_share) if selector is None else selector
         self._rows = batch_size
         self._lane: DecodeLane | None = None
         self.position = 0

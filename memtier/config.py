@@ -28,6 +28,7 @@ FINGERPRINTED = (
     "memory_layers",
     "far_positions",
     "landmark_keys",
+    "recency_share",
 )
 
 
@@ -50,6 +51,12 @@ class MemoryConfig(BaseModel):
     )
     far_positions: FarPositions | None = Field(None, description="Positions that retrieved keys are given.")
     landmark_keys: int | None = Field(None, ge=0, description="Keys that a block is found by; 0: their mean.")
+    recency_share: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="With landmark_keys: the newest blocks get those places in the span that no head wants more.",
+    )
 
     span_blocks: int | None = Field(None, ge=0, description="Blocks retrieved at a time. None: the model's.")
     retrieval: RetrievalMode = Field("on", description="'off', 'random' and 'recent' are the controls.")

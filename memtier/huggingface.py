@@ -17,11 +17,12 @@ from memtier.blocks import RetrievalMode, SpanSelection
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, ModelError
 from memtier.layers.host_selector import HostSpanSelector
+from memtier.layers.landmarks import recent_blocks
 from memtier.models.stock.interface import IMPLEMENTATION, AttentionCall, announce, outside_graphs
 from memtier.models.stock.layout import StockLayout
 from memtier.models.stock.plain import PlainLines
 from memtier.models.stock.trial import try_classes
-from memtier.retriever import random_blocks, recent_blocks
+from memtier.retriever import random_blocks
 
 __all__ = ["TieredCache"]
 
@@ -191,15 +192,15 @@ class TieredCache(Cache):
     def _make(self, rows: int, device: torch.device, dtype: torch.dtype) -> carried.TieredCache:
         # collecting sealed blocks is for sessions; here they stay with the selector
         cache = carried.TieredCache(self._layout, settings=self._settings, batch_size=rows, device=device, dtype=dtype)
-        cache.selector = _ModeSelector(self._mode)
+        cache.selector = _ModeSelector(self._mode, cache.settings.recency_share)
         return cache
 
 
 class _ModeSelector(HostSpanSelector):
     """Every block in host memory, chosen in one of the modes of `memtier.retriever`."""
 
-    def __init__(self, mode: RetrievalMode) -> None:
-        super().__init__()
+    def __init__(self, mode: RetrievalMode, recency_share: float) -> None:
+        super().__init__(recency_share)
         self._mode: RetrievalMode = mode
 
     def select(

@@ -1,6 +1,7 @@
 """What a memory layer retrieves: the SpanSelector over the storage tier, in four modes.
 
-    on       the k blocks whose landmarks answer the boundary's query best (`memtier.layers.landmarks`)
+    on       the k blocks whose landmarks answer the boundary's query best, and the newest where nothing is sought
+             (`memtier.layers.landmarks`)
     recent   the k newest sealed blocks                     a control: does retrieval beat a longer window?
     random   the k blocks of highest hash(layer, boundary, block)   a control: does the choice matter?
     off      none
@@ -21,11 +22,11 @@ import numpy as np
 import torch
 
 from memtier.blocks import RetrievalMode
-from memtier.layers.landmarks import candidates, settle
+from memtier.layers.landmarks import candidates, extend_window, recent_blocks, settle
 from memtier.tiers.device_pool import DevicePool, PoolKey
 from memtier.tiers.storage import StorageTier
 
-__all__ = ["OverlaySelector", "StorageSelector", "random_blocks", "recent_blocks"]
+__all__ = ["OverlaySelector", "StorageSelector", "random_blocks"]
 
 
 class StorageSelector:
@@ -106,7 +107,8 @@ class StorageSelector:
             ids = torch.where(ids < 0, ids, ids + first)
             best = (ids, scores) if best is None else _better(best, (ids, scores), ids.shape[-1])
         assert best is not None, "select was called with nothing visible"
-        return settle(queries, *best, k)
+        newest, _ = recent_blocks(visible, k, self.first_block)
+        return extend_window(*settle(queries, *best, k), newest, self.storage.settings.recency_share)
 
     def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
         return self.storage.pieces(layer, first, upto)
@@ -167,15 +169,6 @@ class OverlaySelector(StorageSelector):
 def _one(batched: torch.Tensor) -> torch.Tensor:
     assert batched.shape[0] == 1, "a session is a batch of one"
     return batched[0]
-
-
-def recent_blocks(visible: torch.Tensor, k: int, oldest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k newest blocks a boundary, none before `oldest`: ids and scores (1, R, k), as of `SpanSelector.select`."""
-    first = (visible - k).clamp(min=oldest)[:, None]
-    ids = first + torch.arange(k)
-    there = ids < visible[:, None]
-    scores = torch.where(there, 0.0, float("-inf")).to(torch.float32)
-    return torch.where(there, ids, -1)[None], scores[None]
 
 
 def random_blocks(

@@ -14,11 +14,15 @@ Two variations of the first kind, to compare (`landmark_kind`, `query_kind`):
             them could reach (Tang et al. 2024, "Quest"): an inner product with the query's positive and negative parts
     max     a block's score is the best that any single one of the r queries gives it
 
+A span that nothing asks for is better spent on the blocks just behind the window: `extend_window`.
+
 Salience is the norm of a token's key, times the fourth root of its innovation where the layer has one: what a head can
 attend to strongly, and what the fading memory could not foresee. Shape letters: `memtier.blocks`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -32,7 +36,9 @@ __all__ = [
     "boundary_queries",
     "candidates",
     "choose_blocks",
+    "extend_window",
     "queries_a_boundary",
+    "recent_blocks",
     "search_queries",
     "settle",
 ]
@@ -139,6 +145,36 @@ def settle(queries: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, k: in
     total = scores.logsumexp(-1, keepdim=True)
     shares = torch.where(total == float("-inf"), scores, scores - total)
     return best_of_queries(ids.flatten(1, 2), shares.flatten(1, 2), queries.shape[2], k)
+
+
+def recent_blocks(visible: torch.Tensor, k: int, oldest: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k newest blocks a boundary, none before `oldest`: ids and scores (1, R, k), as of `SpanSelector.select`."""
+    first = (visible - k).clamp(min=oldest)[:, None]
+    ids = first + torch.arange(k, device=visible.device)
+    there = ids < visible[:, None]
+    scores = torch.where(there, 0.0, float("-inf")).to(torch.float32)
+    return torch.where(there, ids, -1)[None], scores[None]
+
+
+def extend_window(
+    ids: torch.Tensor, scores: torch.Tensor, newest: torch.Tensor, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A choice in which the newest blocks count as if a head gave each of them `share`.
+
+    So they take the places that no head wants with more: among many thousands of blocks some fit a query that looks for
+    nothing, and a model reads them at the cost of what stands just behind its window.
+
+    Args:
+        ids, scores: (B, R, k) of `settle`, the scores logarithms of shares.
+        newest: (B or 1, R, k) block ids, -1 for none.
+        share: 0 changes nothing.
+    """
+    if not share:
+        return ids, scores
+    newest = newest.to(ids.device).expand_as(ids)
+    floor = torch.where(newest < 0, float("-inf"), math.log(share)).to(scores.dtype)
+    both_ids, both_scores = torch.stack([ids, newest], 2), torch.stack([scores, floor], 2)
+    return best_of_queries(both_ids.flatten(1, 2), both_scores.flatten(1, 2), 2, ids.shape[-1])
 
 
 def best_of_queries(ids: torch.Tensor, scores: torch.Tensor, queries: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

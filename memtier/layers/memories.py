@@ -16,7 +16,9 @@ from memtier.layers.landmarks import (
     block_landmarks,
     boundary_queries,
     choose_blocks,
+    extend_window,
     queries_a_boundary,
+    recent_blocks,
 )
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
@@ -242,7 +244,10 @@ def span_step(
         if of_batch:
             pool_keys, pool_values, marks = _of_batch(pool_keys), _of_batch(pool_values), _of_batch(marks)
             rows = len(keys)
-        table, scores = best_of_queries(*choose_blocks(picks.float(), marks, visible * rows, k), each, k)
+        chosen = choose_blocks(picks.float(), marks, visible * rows, k)
+        newest, _ = recent_blocks(visible, k)
+        newest = torch.where(newest < 0, newest, newest * rows + rows - 1)
+        table, scores = best_of_queries(*extend_window(*chosen, newest, settings.recency_share), each, k)
         # a block of another sequence has no number in this one
         ids = torch.where(table < 0, table, (table // rows).masked_fill(table % rows != rows - 1, NO_BLOCK))
         return SpanStep(pool_keys, pool_values, table, ids, scores, empty=False)

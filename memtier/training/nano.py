@@ -76,6 +76,7 @@ def nano_config(**overrides: Any) -> BMojoConfig:
         "span_refresh_tokens": 16,
         "span_blocks": 8,
         "landmark_keys": 4,
+        "recency_share": 0.35,
         "far_positions": "none",
         "rope_theta": None,
         "kv_conv_size": 4,

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from memtier.errors import ConfigError
-from memtier.layers.landmarks import block_landmarks, candidates, choose_blocks, settle
+from memtier.layers.landmarks import (
+    block_landmarks,
+    candidates,
+    choose_blocks,
+    extend_window,
+    recent_blocks,
+    settle,
+)
 from memtier.testing import tiny_config
 from memtier_kernels import late_interaction, select_blocks
 
@@ -105,6 +112,31 @@ def test_the_best_of_parts_are_the_best_of_all(cuts):
     merged = settle(queries, ids.gather(-1, best.indices), best.values, 3)
     assert torch.equal(merged[0], whole[0])
     torch.testing.assert_close(merged[1], whole[1])
+
+
+def test_newest_blocks_take_the_places_that_no_head_wants_more():
+    ids, shares = torch.tensor([[[2, 5, 40, 90]]]), torch.tensor([[[0.9, 0.2, 0.4, 0.1]]])
+    newest = torch.tensor([[[87, 88, 89, 90]]])
+    for share, wanted in (
+        (0.0, [2, 5, 40, 90]),
+        (0.05, [2, 5, 40, 90]),
+        (0.3, [2, 40, 89, 90]),
+        (0.95, [87, 88, 89, 90]),
+    ):
+        chosen, scores = extend_window(ids, shares.log(), newest, share)
+        assert chosen[0, 0].tolist() == wanted, share
+        own = dict(zip(ids[0, 0].tolist(), shares[0, 0].tolist(), strict=True))
+        expected = [max(own.get(block, 0.0), share if block in newest else 0.0) for block in wanted]
+        assert scores[0, 0].exp().tolist() == pytest.approx(expected)
+
+
+def test_an_early_boundary_has_fewer_newest_blocks():
+    newest, _ = recent_blocks(torch.tensor([2]), 4)
+    ids, scores = extend_window(
+        torch.tensor([[[0, -1, -1, -1]]]), torch.tensor([[[-2.0] + 3 * [-torch.inf]]]), newest, 0.5
+    )
+    assert ids.tolist() == [[[0, 1, -1, -1]]]
+    assert scores[0, 0, :2].exp().tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_nothing_visible_is_nothing_chosen():

@@ -15,6 +15,7 @@ KINDS = {
     "bounds-max": {"landmark_kind": "bounds", "query_kind": "max", "num_key_value_heads": 2},
     "r1": {"span_refresh_tokens": 1, "query_kind": "max"},
     "r16": {"span_refresh_tokens": 16, "query_kind": "max", "landmark_kind": "bounds"},
+    "recency": {"landmark_keys": 3, "recency_share": 0.4},
     "r16-mean": {"span_refresh_tokens": 16},
 }
 TOKENS = 100
@@ -108,6 +109,8 @@ def test_the_best_of_several_queries_is_that_of_all_scores_together(k):
     [
         ({"landmark_kind": "median"}, "landmark_kind"),
         ({"query_kind": "min"}, "query_kind"),
+        ({"recency_share": 0.4}, "recency_share"),
+        ({"recency_share": 1.0, "landmark_keys": 2}, "recency_share"),
         ({"landmark_keys": 2, "query_kind": "max"}, "landmark_keys"),
     ],
 )

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.anyio
 CHOICES = {
     "deltanet": {"fading": "gated_deltanet", "layer_types": ["gated_deltanet", "bmojo", "bmojo"]},
     "random-conv": {"eidetic_rule": "random", "innovation_predictor": "conv"},
+    "recency": {"landmark_keys": 2, "recency_share": 0.4},
     "bounds-max": {"landmark_kind": "bounds", "query_kind": "max"},
 }
 

@@ -41,6 +41,8 @@ class BMojoConfig(PreTrainedConfig):
         memory_layers: attention layers with an expansion span. None: the bmojo layers; []: no span.
         far_positions: "compact", "none" or "true"; see `memtier.layers.positions`.
         landmark_keys: keys of a block that it is found by; 0: their mean. See `memtier.layers.landmarks`.
+        recency_share: with landmark_keys, the share at which the newest blocks compete for a place in the span, in
+            [0, 1); 0: they do not. See `memtier.layers.landmarks.extend_window`.
         landmark_kind, query_kind: with landmark_keys 0, "mean" or "bounds", and "mean" or "max"; see there.
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.
@@ -82,6 +84,7 @@ class BMojoConfig(PreTrainedConfig):
     landmark_keys: int = 0
     landmark_kind: str = "mean"
     query_kind: str = "mean"
+    recency_share: float = 0.0
     rope_theta: float | None = 10_000.0
     kv_conv_size: int = 4
     qk_norm: bool = False
@@ -153,6 +156,7 @@ class BMojoConfig(PreTrainedConfig):
             span_blocks=self.span_blocks, memory_layers=tuple(self.memory_layers or ()),
             far_positions=self.far_positions, storage_dtype=self.storage_dtype,  # pyright: ignore[reportArgumentType]
             landmark_keys=self.landmark_keys, landmark_kind=self.landmark_kind, query_kind=self.query_kind,  # pyright: ignore[reportArgumentType]
+            recency_share=self.recency_share,
         )  # fmt: skip
 
     def has_fading(self, layer: int) -> bool:
@@ -221,6 +225,11 @@ def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:
         raise ConfigError(
             f"landmark_keys is {settings.landmark_keys}, landmark_kind {settings.landmark_kind!r} and query_kind "
             f"{settings.query_kind!r}; the last two need landmark_keys=0."
+        )
+    if not 0.0 <= settings.recency_share < 1.0 or (settings.recency_share and not settings.landmark_keys):
+        raise ConfigError(
+            f"recency_share is {settings.recency_share} and landmark_keys {settings.landmark_keys}; the first must be "
+            "in [0, 1), and other than 0 it needs the second: only then do blocks count by shares."
         )
     if settings.sink_tokens > settings.window_tokens:
         raise ConfigError(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import torch
 
+from memtier.config import MemoryConfig
 from memtier.errors import ModelError
+from memtier.folder import Backends
 from memtier.reader import Reader
 from memtier.runtime import Runtime
 from memtier.session import Session
 from memtier.tiers.weights import WeightsTier
+from memtier_backends.index_memory import MemoryIndexAdapter
 
 pytestmark = pytest.mark.anyio
 
@@ -66,6 +70,22 @@ async def answers_of(runtime: Runtime, *, together: bool, **choices: Any) -> lis
     return answers
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, model: Any, tokenizer: Any) -> list[tuple[int, ...]]:
+    """What each session answers by itself."""
+
+    async def index(folder: Path, layers: list[int]) -> MemoryIndexAdapter:
+        return MemoryIndexAdapter(layers)
+
+    async def ask() -> list[tuple[int, ...]]:
+        folder, config = tmp_path_factory.mktemp("alone"), MemoryConfig(max_batch_sessions=1)
+        backends = Backends(index=index)
+        async with Runtime(folder, model, tokenizer, config, "default", "auto", "auto", backends=backends) as runtime:
+            return await answers_of(runtime, together=False)
+
+    return anyio.run(ask)
+
+
 @pytest.mark.parametrize(
     "choices",
     [
@@ -90,9 +110,7 @@ async def test_sessions_at_once_say_what_each_says_alone(open_store, choices) ->
 
 @pytest.mark.parametrize("durability", ["turn", "token"])
 @pytest.mark.parametrize("limit", [2, 8])
-async def test_batches_keep_their_limit_and_the_journal_holds_every_token(open_store, durability, limit) -> None:
-    async with open_store("alone", max_batch_sessions=1) as runtime:
-        alone = await answers_of(runtime, together=False)
+async def test_batches_keep_their_limit_and_the_journal_holds_every_token(open_store, alone, durability, limit) -> None:
     async with open_store("together", durability=durability, max_batch_sessions=limit) as runtime:
         assert await answers_of(runtime, together=True) == alone
         batches = runtime.stats().decode_batches
@@ -117,9 +135,7 @@ async def test_a_batched_session_goes_on_as_one_that_was_alone(open_store, ids) 
         torch.testing.assert_close(one, two, rtol=0.0, atol=1e-9)
 
 
-async def test_looking_and_copying_in_the_middle_of_a_batch_change_nothing(open_store) -> None:
-    async with open_store("alone") as runtime:
-        alone = await answers_of(runtime, together=False)
+async def test_looking_and_copying_in_the_middle_of_a_batch_change_nothing(open_store, alone) -> None:
     async with open_store("together") as runtime:
         sessions = await sessions_of(runtime)
         sizes = [session.stats().device_bytes for session in sessions]
@@ -140,9 +156,8 @@ async def test_looking_and_copying_in_the_middle_of_a_batch_change_nothing(open_
         assert max(runtime.stats().decode_batches) > 1
 
 
-async def test_a_session_that_reads_takes_turns_with_those_that_generate(open_store, ids) -> None:
+async def test_a_session_that_reads_takes_turns_with_those_that_generate(open_store, alone, ids) -> None:
     async with open_store("alone") as runtime:
-        alone = await answers_of(runtime, together=False)
         reading = await runtime.session("reading")
         wanted = (await reading.observe(ids * 4, logits=True)).logits
     async with open_store("together") as runtime:
@@ -160,9 +175,7 @@ async def test_a_session_that_reads_takes_turns_with_those_that_generate(open_st
     torch.testing.assert_close(torch.cat(seen), wanted, rtol=0.0, atol=1e-9)
 
 
-async def test_only_the_session_whose_step_is_refused_sees_the_error(open_store, monkeypatch) -> None:
-    async with open_store("alone") as runtime:
-        alone = await answers_of(runtime, together=False)
+async def test_only_the_session_whose_step_is_refused_sees_the_error(open_store, alone, monkeypatch) -> None:
     async with open_store("together") as runtime:
         sessions = await sessions_of(runtime)
         guilty = sessions[1].timeline.reader
@@ -211,9 +224,7 @@ async def test_only_the_session_whose_step_is_refused_sees_the_error(open_store,
         assert rest.token_ids == alone[1][len(kept) : len(kept) + 5]
 
 
-async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store) -> None:
-    async with open_store("alone") as runtime:
-        alone = await answers_of(runtime, together=False)
+async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store, alone) -> None:
     async with open_store("together") as runtime:
         sessions = await sessions_of(runtime)
         answers: list[tuple[int, ...]] = [()] * len(sessions)
@@ -233,9 +244,7 @@ async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store)
         assert (await sessions[2].observe("more")).tokens == 4
 
 
-async def test_a_session_that_rests_holds_up_no_other_and_keeps_no_batch_alive(open_store) -> None:
-    async with open_store("alone") as runtime:
-        alone = await answers_of(runtime, together=False)
+async def test_a_session_that_rests_holds_up_no_other_and_keeps_no_batch_alive(open_store, alone) -> None:
     async with open_store("together") as runtime:
         sessions = await sessions_of(runtime)
         answers: list[tuple[int, ...]] = [()] * len(sessions)

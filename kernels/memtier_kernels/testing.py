@@ -3,6 +3,9 @@ its float64 reference, and what the assembler says of each kernel."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 import importlib
 import json
 import os
@@ -127,13 +130,28 @@ def compile_report(
         raise ConfigError(f"op is {op!r}; it must be one of {sorted(OPS)}.")
     asked = {"op": op, "arch": int(str(arch).removeprefix("sm_")), "dtype": str(dtype).removeprefix("torch.")}
     command = json.dumps({**asked, "calls": [{**preset, **sizes} for preset in REPORT_SIZES.get(op, [{}])]})
-    done = subprocess.run(
-        [sys.executable, "-m", "memtier_kernels.triton_offline", command],
-        env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True, check=False,
+    compiler = _offline_compiler()
+    with contextlib.suppress(BrokenPipeError):
+        print(command, file=compiler.stdin, flush=True)
+    assert compiler.stdout is not None
+    line = compiler.stdout.readline()
+    if not line:
+        _offline_compiler.cache_clear()
+    answer = json.loads(line) if line else f"the compiler ended with status {compiler.wait()}; see above."
+    if isinstance(answer, str):
+        raise KernelError(f"a kernel of {op} does not compile for sm_{asked['arch']}: {answer.strip()[-2000:]}")
+    return answer
+
+
+@functools.cache
+def _offline_compiler() -> subprocess.Popen[str]:
+    """The process that compiles for every report of this one, as starting it takes seconds; it ends with this one."""
+    compiler = subprocess.Popen(
+        [sys.executable, "-m", "memtier_kernels.triton_offline"],
+        env={**os.environ, "TRITON_INTERPRET": "0"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    if done.returncode:
-        raise KernelError(f"a kernel of {op} does not compile for sm_{asked['arch']}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)
+    atexit.register(compiler.communicate)
+    return compiler
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:

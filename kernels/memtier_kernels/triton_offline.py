@@ -1,8 +1,8 @@
-"""Compile every kernel of an op to machine code with no GPU, and print what the assembler says of each.
+"""Compile every kernel of an op to machine code with no GPU, and tell what the assembler says of each.
 
-Run as a program (arguments as JSON) by `memtier_kernels.testing.compile_report`, in a process of its own, since
-Triton's driver is replaced by one that only names the architecture. The op runs forward and
-backward with its launches noted instead of run, so the compiled signatures are those of real calls.
+Run as a program by `memtier_kernels.testing.compile_report`, in a process of its own, since Triton's driver is replaced
+by one that only names the architecture: one report asked for a line, as JSON, one answered a line. The op runs forward
+and backward with its launches noted instead of run, so the compiled signatures are those of real calls.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class _Driver:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device, so each architecture is one
+        return self._arch
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -103,10 +105,16 @@ def _measure(compiled: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the arguments of `report` from the command line as JSON, print its rows as JSON."""
-    asked = json.loads(sys.argv[1])
-    rows = report(asked["op"], asked["arch"], getattr(torch, asked["dtype"]), asked["calls"])
-    print(json.dumps(rows))
+    """Answer each line of arguments of `report` with a line: its rows, or a text that says what went wrong."""
+    # what the compilers print is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            answer: Any = report(asked["op"], asked["arch"], getattr(torch, asked["dtype"]), asked["calls"])
+        except Exception:  # noqa: BLE001  it is told to who asked
+            answer = traceback.format_exc()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

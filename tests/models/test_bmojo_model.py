@@ -79,6 +79,17 @@ def test_blocks_of_the_whole_batch_compete_and_the_future_stays_hidden():
 
 
 @torch.inference_mode()
+def test_the_newest_blocks_of_a_batch_are_those_of_the_own_sequence():
+    # at a share that hardly anything reaches
+    sizes = {"landmark_keys": 2, "span_blocks": 1}
+    model, x = tiny_model(recency_share=0.999, dtype=torch.float64, **sizes), tokens(3, 90)
+    alone = torch.cat([model(row[None], far_attention="span").logits for row in x])
+    torch.testing.assert_close(model(x, far_attention="batch").logits, alone)
+    model.config.recency_share = 0.0
+    assert not torch.allclose(model(x, far_attention="batch").logits, alone)
+
+
+@torch.inference_mode()
 def test_blocks_of_the_batch_are_chosen_as_if_they_were_of_one_store():
     # all of K blocks fit: what is read is every sealed block of the others, whichever row they are of
     model, x = tiny_model(dtype=torch.float64, span_blocks=64, far_positions="none"), tokens(3, 90)

@@ -313,7 +313,8 @@ def _fetched(
     like: torch.Tensor,
 ) -> SpanStep:  # fmt: skip
     """The span of all groups, the new blocks copied to the device for this step."""
-    unique, place = ids.clamp(min=0).unique(return_inverse=True)
+    # where too few were found, one of these stands in: any other block may have been dropped
+    unique, place = ids.where(ids >= 0, ids.max()).unique(return_inverse=True)
     keys, values = (t.to(like.device, like.dtype) for t in memory.fetch(layer, unique.expand(ids.shape[0], -1)))
     if held is not None:
         place = place + held.keys.shape[1]

@@ -179,6 +179,17 @@ async def test_what_was_dropped_stays_so_when_tokens_are_forgotten(open_store, i
         torch.testing.assert_close(seen, await outputs(never, ids[:40]), **EXACT)
 
 
+async def test_fewer_blocks_may_be_left_than_are_retrieved_at_a_time(open_store, ids) -> None:
+    async with open_store(retain_tokens=20, snapshot_every_tokens=32) as runtime:
+        session = await runtime.session("a")
+        await in_pieces(session, ids[:150])
+        await session.flush()
+        # the file of block 0 is gone, and nothing may be read from it where blocks are missing
+        assert session.folder.journal.first_block > 0
+        await in_pieces(session, ids[150:200])
+        assert min(retrieved(await session.inspect())) >= (150 - 20) // 4
+
+
 async def test_an_answer_aside_drops_nothing(open_store, ids) -> None:
     async with open_store(retain_tokens=80) as runtime:
         session = await runtime.session("a")

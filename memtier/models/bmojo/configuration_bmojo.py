@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -173,11 +175,9 @@ class BMojoConfig(PreTrainedConfig):
     def empty_states(
         self, settings: MemorySettings, batch: int, device: torch.device, dtype: torch.dtype
     ) -> list[MixerState | Mamba2State]:
-        """Fresh states of every layer: made on a model of no memory (the meta device), so no weights are needed."""
+        """Fresh states of every layer; no weights are needed."""
         states: list[MixerState | Mamba2State] = []
-        with torch.device("meta"):
-            mixers = [self.make_mixer(layer) for layer in range(self.num_hidden_layers)]
-        for mixer in mixers:
+        for mixer in _mixers_of_no_memory(json.dumps(self.to_dict(), sort_keys=True, default=str)):
             if isinstance(mixer, BMojoMixer):
                 states.append(mixer.empty_state(settings, batch, device, dtype))
             else:
@@ -198,6 +198,14 @@ class BMojoConfig(PreTrainedConfig):
             self.hidden_size, heads=self.num_attention_heads, groups=self.num_key_value_heads, head_dim=self.head_dim,
             conv_size=self.ssm_conv_size, chunk_tokens=self.ssm_chunk_size, **normed,
         )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _mixers_of_no_memory(config: str) -> list[BMojoMixer | Recurrence]:
+    """Mixers of every layer on the meta device. Kept, since a session that is opened would wait for them each time."""
+    sizes = BMojoConfig.from_dict(json.loads(config))
+    with torch.device("meta"):
+        return [sizes.make_mixer(layer) for layer in range(sizes.num_hidden_layers)]
 
 
 def check_settings(settings: MemorySettings, layer_types: list[str]) -> None:

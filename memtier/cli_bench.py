@@ -115,8 +115,14 @@ def bench_recall(
 def bench_durability(
     lengths: Annotated[str, typer.Option(help="Tokens at which the session is opened.")] = "8192,32768,131072",
     distances: Annotated[str, typer.Option(help="How far back what is forgotten lies.")] = "1000,16000,100000",
+    random_tokens: Annotated[
+        int | None, typer.Option(help="Open and fork a session of so many tokens, too: its blocks are random numbers.")
+    ] = None,
     snapshot_every_tokens: Annotated[int, typer.Option(help="Tokens between two snapshots.")] = 32_768,
     repeat: Annotated[int, typer.Option(help="Times are medians of so many.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file (default: docs/results/durability.csv of a clone).")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Text to read (default: CPython's own manual).")] = None,
     store: OptionalStore = None,
     model: Model = "nano",
@@ -131,6 +137,8 @@ def bench_durability(
     options = DurabilityOptions(
         lengths=_counts("--lengths", lengths),
         distances=_counts("--distances", distances),
+        random_tokens=random_tokens,
+        out=out,
         snapshot_every_tokens=snapshot_every_tokens,
         repeat=repeat,
         file=file,

@@ -216,7 +216,7 @@ class Timeline:
                 raise _refused(error) from error
             self._unread = token
             self._sampled.append(token)
-            if acknowledge or result.sealed or self._snapshot_due():
+            if acknowledge or result.sealed or self.snapshot_due:
                 await self._commit_sampled()
             await self._after(result)
             return token
@@ -282,7 +282,9 @@ class Timeline:
             self._updater.offer_snapshot(position, *await self._model.run(self.reader.snapshot))
             self._snapshot_at = position
 
-    def _snapshot_due(self) -> bool:
+    @property
+    def snapshot_due(self) -> bool:
+        """True once the reader stands at a multiple of the stride that has no snapshot."""
         return self.reader.position >= self._next_snapshot(self._snapshot_at)
 
     def _next_snapshot(self, position: int) -> int:
@@ -292,7 +294,7 @@ class Timeline:
     async def _after(self, result: StepResult) -> None:
         """Everything read so far is acknowledged: sealed blocks may go to disk."""
         self._updater.offer(result.sealed)
-        if self._snapshot_due():
+        if self.snapshot_due:
             await self.snapshot()
 
 

@@ -6,6 +6,7 @@
     fork, checkpoint, restore, export, import     seconds, at the longest length
     forget             seconds, and tokens read again, by how far back the span lies
     disk               bytes a token, and how many of them a fork added
+    random tokens      open, fork and open of the fork, of a session whose blocks are random numbers (stretch.py)
 
 Beside the acknowledgements stands a flush of 4 KiB to a plain file, timed by turns with them: what the disk costs.
 """
@@ -16,7 +17,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,33 +26,50 @@ from typing import Any
 import memtier
 from memtier.bench.demo import OnProgress
 from memtier.bench.machine import describe_machine, use_threads
+from memtier.bench.rows import Row, holds, read_rows, results_folder, write_rows
+from memtier.bench.stretch import FIRST_TOKENS, stretch
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
+from memtier.reader import STEP_TOKENS
 from memtier_backends.files import flush
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.space import RESERVE_NAME
 
 __all__ = ["DurabilityOptions", "run_durability"]
 
+COLUMNS = ("model", "of", "tokens", "what", "seconds", "least", "most", "commit")
+
+Times = dict[str, float]
+
 
 @dataclass(frozen=True, slots=True)
 class DurabilityOptions:
-    """Lengths of the session at which it is opened, ascending; `command` is what the user typed."""
+    """What is measured.
+
+    Args:
+        lengths: of the session at which it is opened, ascending.
+        distances: how far back what is forgotten lies.
+        random_tokens: length of the session of random numbers; None for none.
+        out: CSV file; None for docs/results/durability.csv of the checkout.
+        command: what the user typed.
+    """
 
     lengths: tuple[int, ...] = (8_192, 32_768, 131_072)
     distances: tuple[int, ...] = (1_000, 16_000, 100_000)
     snapshot_every_tokens: int = 32_768
+    random_tokens: int | None = None
     commits: int = 200
     repeat: int = 5
     file: Path | None = None
     model: str = "nano"
     device: str = "auto"
     threads: int = 1
+    out: Path | None = None
     command: str = "memtier bench durability --json"
 
 
 def run_durability(store: Path, options: DurabilityOptions, on_progress: OnProgress) -> dict[str, Any]:
-    """Measure, and return what it cost, ready for JSON; times are medians of `repeat`, in seconds.
+    """Measure, and return what it cost, ready for JSON: medians of `repeat` times in seconds, the least and the most.
 
     Raises:
         ConfigError: lengths that do not grow, or a text that is too short.
@@ -62,9 +80,10 @@ def run_durability(store: Path, options: DurabilityOptions, on_progress: OnProgr
         raise ConfigError(
             f"lengths are {lengths}; they must grow from 1,000 at least to {len(data):,}, the text's size."
         )
+    path = options.out or results_folder() / "durability.csv"
     use_threads(options.threads)
     acknowledgements = _acknowledgements(store / "journal", options)
-    opened: dict[int, float] = {}
+    opened: dict[int, Times] = {}
     crashed: dict[int, dict[str, float]] = {}
     with _open(store, options) as runtime:
         at = 0
@@ -76,15 +95,44 @@ def run_durability(store: Path, options: DurabilityOptions, on_progress: OnProgr
             opened[length] = _opened(runtime, options)
         copies = _copies(runtime, store, options)
         forgets = _forgets(runtime, options, on_progress)
-    return {
+        made = None if options.random_tokens is None else _stretched(runtime, data, options, on_progress)
+    report = {
         "acknowledgements_per_second": acknowledgements,
         "open_seconds": opened,
         "open_after_a_crash": crashed,
         **copies,
         "forget": forgets,
-        "settings": asdict(options),
+        "random_tokens": made,
+        "settings": asdict(options) | {"out": str(path)},
         "machine": describe_machine(),
     }
+    mine = {"model": options.model}
+    rows = [{**mine, **row, "commit": str(report["machine"]["commit"])} for row in _rows(report, options)]
+    again = [{name: row[name] for name in ("model", "of", "tokens", "what")} for row in rows]
+    kept = [row for row in read_rows(path) if not any(holds(row, one) for one in again)]
+    write_rows([*kept, *rows], COLUMNS, path)
+    return report
+
+
+def _rows(report: dict[str, Any], options: DurabilityOptions) -> Iterator[Row]:
+    """The times of a report, as rows of the CSV file."""
+
+    def row(of: str, tokens: int, what: str, times: dict[str, Any]) -> Row:
+        told = {"of": of, "tokens": str(tokens), "what": what}
+        return told | {name: f"{times[name]:.4f}" for name in ("seconds", "least", "most") if name in times}
+
+    for length, times in report["open_seconds"].items():
+        yield row("text", length, "open", times)
+    for length, crash in report["open_after_a_crash"].items():
+        yield row("text", length, f"open after a crash, {crash['tokens_read_again']:,} tokens read again", crash)
+    for what in ("fork", "checkpoint", "restore", "export", "import"):
+        yield row("text", options.lengths[-1], what, report[f"{what}_seconds"])
+    for distance, forget in report["forget"].items():
+        what = f"forget 100 tokens {distance:,} back, {forget['tokens_read_again']:,} tokens read again"
+        yield row("text", options.lengths[-1], what, forget)
+    made = report["random_tokens"]
+    for what in ("open", "fork", "open a fork") if made else ():
+        yield row("random numbers", made["tokens"], what, made[f"{what.replace(' ', '_')}_seconds"])
 
 
 def _bar(on_progress: OnProgress, at: int, total: int) -> Callable[[int, int | None], None]:
@@ -144,17 +192,17 @@ def _copies(runtime: Any, store: Path, options: DurabilityOptions) -> dict[str, 
     added = _bytes_once(store) - before
     exported = store / "a.memtier"
     times = {
-        "fork_seconds": _median(options.repeat, fork, lambda: runtime.delete_session(forks[-1])),
-        "checkpoint_seconds": _median(
+        "fork_seconds": _times(options.repeat, fork, lambda: runtime.delete_session(forks[-1])),
+        "checkpoint_seconds": _times(
             options.repeat, lambda: session.checkpoint("x"), lambda: session.drop_checkpoint("x")
         ),
-        "export_seconds": _median(options.repeat, lambda: session.export(exported), exported.unlink),
+        "export_seconds": _times(options.repeat, lambda: session.export(exported), exported.unlink),
     }
     session.checkpoint("y")
-    times["restore_seconds"] = _median(options.repeat, lambda: session.restore("y"), lambda: None)
+    times["restore_seconds"] = _times(options.repeat, lambda: session.restore("y"), lambda: None)
     session.drop_checkpoint("y")
     session.export(exported)
-    times["import_seconds"] = _median(
+    times["import_seconds"] = _times(
         options.repeat, lambda: runtime.import_session(exported, "moved"), lambda: runtime.delete_session("moved")
     )
     runtime.delete_session(forks[0])
@@ -180,19 +228,50 @@ def _forgets(runtime: Any, options: DurabilityOptions, on_progress: OnProgress) 
     return found
 
 
-def _median(repeat: int, call: Callable[[], object], undo: Callable[[], object]) -> float:
+def _stretched(runtime: Any, data: bytes, options: DurabilityOptions, on_progress: OnProgress) -> dict[str, Any]:
+    """Open and fork a session of `random_tokens` tokens."""
+    tokens = options.random_tokens or 0
+    session = runtime.session("long")
+    # one token begins every text
+    session.observe(data[: FIRST_TOKENS + tokens % STEP_TOKENS - 1].decode())
+    session._portal.call(partial(stretch, session._inner, tokens, on_progress))
+    session.flush()
+    opened = _opened(runtime, options, "long")
+    session = runtime.session("long")
+    names = iter(range(10**6))
+    forks: list[str] = []
+
+    def fork() -> None:
+        forks.append(f"fork {next(names)} of long")
+        session.fork(forks[-1])
+
+    forked = _times(options.repeat, fork, lambda: runtime.delete_session(forks[-1]))
+    fork()
+    fork_opened = _opened(runtime, options, forks[-1])
+    stats = session.stats()
+    return {
+        "tokens": session.position,
+        "segments": stats.segments,
+        "segment_bytes": stats.segment_bytes,
+        "open_seconds": opened,
+        "fork_seconds": forked,
+        "open_a_fork_seconds": fork_opened,
+    }
+
+
+def _times(repeat: int, call: Callable[[], object], undo: Callable[[], object]) -> Times:
     times = []
     for _ in range(repeat):
         began = time.perf_counter()
         call()
         times.append(time.perf_counter() - began)
         undo()
-    return statistics.median(times)
+    return {"seconds": statistics.median(times), "least": min(times), "most": max(times)}
 
 
-def _opened(runtime: Any, options: DurabilityOptions) -> float:
-    runtime.session("a").close()
-    return _median(options.repeat, lambda: runtime.session("a"), lambda: runtime.session("a").close())
+def _opened(runtime: Any, options: DurabilityOptions, name: str = "a") -> Times:
+    runtime.session(name).close()
+    return _times(options.repeat, lambda: runtime.session(name), lambda: runtime.session(name).close())
 
 
 def _opened_after_a_crash(runtime: Any) -> dict[str, float]:

@@ -27,6 +27,7 @@ def results_page(docs: Path) -> str:
         *_facts(read_rows(results / "facts.csv")),
         *_length(read_rows(results / "length.csv")),
         *_recall(read_rows(results / "recall" / "cpu_summary.csv"), results / "recall"),
+        *_durability(read_rows(results / "durability.csv")),
         *_kernels(docs.parent / "kernels" / "benchmarks" / "results"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -78,6 +79,21 @@ def _length(rows: list[Row]) -> Iterator[str]:
     ]
     yield _table(["model", "text", "from", "to", *modes], lines)
     yield "`memtier bench length --file TEXT` (results/length.csv)"
+
+
+def _durability(rows: list[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## What it costs that memory survives"
+    yield (
+        "Seconds: the median of five, the least and the most, or of one. `text`: a session that read so many tokens of "
+        "CPython's manual. `random numbers`: one of so many tokens whose blocks hold random numbers instead of what a "
+        "model made of a text; its journal, segments, index and snapshots were written by the session itself, step by "
+        "step. A fork is open when the call returns. Other programs ran on the machine."
+    )
+    names = ["model", "of", "tokens", "what", "seconds", "least", "most"]
+    yield _table(names, [[f"{int(row[n]):,}" if n == "tokens" else row[n] for n in names] for row in rows])
+    yield "`memtier bench durability --random-tokens 1000000` (results/durability.csv)"
 
 
 def _recall(rows: list[Row], folder: Path) -> Iterator[str]:

@@ -62,7 +62,12 @@ class Writer:
         self._io = io
         self._index: MemoryIndex | None = None
         self._index_lock = anyio.Lock()
-        self.indexed = indexed
+        self._indexed = indexed
+
+    @property
+    def indexed(self) -> int:
+        """Blocks that are in the index, or were dropped."""
+        return max(self._indexed, self._storage.first_block)
 
     async def index(self) -> MemoryIndex:
         """The session's index, opened when first asked for."""
@@ -76,7 +81,7 @@ class Writer:
                 if await index.count(first) < self.indexed - first:
                     log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
                     await self._history.call(self._folder.journal.set_indexed_through, 0)
-                    self.indexed = 0
+                    self._indexed = 0
                 self._index = index
             return self._index
 
@@ -119,7 +124,7 @@ class Writer:
         index = await self.index()
         await index.add(rows)
         await self._history.call(self._folder.journal.set_indexed_through, manifest.end_block)
-        self.indexed = manifest.end_block
+        self._indexed = manifest.end_block
 
     async def snapshot(self, snapshot: Snapshot) -> None:
         """Keep a snapshot, and let go of older ones, and of blocks that nobody can ask for any more."""
@@ -141,7 +146,7 @@ class Writer:
         journal = self._folder.journal
         await self._history.call(journal.drop_after, 0)
         await self._io.run(self._storage.load, ())
-        self.indexed = 0
+        self._indexed = 0
 
     def _add_snapshot(self, record: SnapshotRecord) -> tuple[list[str], int]:
         journal = self._folder.journal

@@ -190,6 +190,23 @@ async def test_fewer_blocks_may_be_left_than_are_retrieved_at_a_time(open_store,
         assert min(retrieved(await session.inspect())) >= (150 - 20) // 4
 
 
+async def test_a_session_may_be_left_without_segments(open_store, ids) -> None:
+    async with open_store(retain_tokens=1, snapshot_every_tokens=32) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:22])
+        await session.observe(ids[22:60])
+        await session.flush()
+        # back to the snapshot at 32, by when all four blocks had been dropped
+        await session.forget(start=40, end=60)
+        journal = session.folder.journal
+        assert journal.first_block == 4 and not journal.segments()
+        await session.flush()
+        assert session.stats().lag_tokens == 0
+        await session.observe(ids[60:100])
+        await session.flush()
+        assert session.stats().lag_tokens == 0 and journal.indexed_through > 4
+
+
 async def test_an_answer_aside_drops_nothing(open_store, ids) -> None:
     async with open_store(retain_tokens=80) as runtime:
         session = await runtime.session("a")

@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from memtier.generation import Generation as Generation
     from memtier.huggingface import TieredCache as TieredCache
     from memtier.listing import list_sessions as list_sessions
+    from memtier.recovery.reports import CheckpointInfo as CheckpointInfo
+    from memtier.recovery.reports import ErasureProof as ErasureProof
+    from memtier.recovery.reports import Finding as Finding
+    from memtier.recovery.reports import ForgetReport as ForgetReport
+    from memtier.recovery.reports import SessionHealth as SessionHealth
     from memtier.reports import BlockContent as BlockContent
-    from memtier.reports import CheckpointInfo as CheckpointInfo
-    from memtier.reports import ErasureProof as ErasureProof
-    from memtier.reports import Finding as Finding
-    from memtier.reports import ForgetReport as ForgetReport
     from memtier.reports import MemoryReport as MemoryReport
     from memtier.reports import ObserveReport as ObserveReport
     from memtier.reports import RuntimeStats as RuntimeStats
-    from memtier.reports import SessionHealth as SessionHealth
     from memtier.reports import SessionInfo as SessionInfo
     from memtier.reports import SessionStats as SessionStats
     from memtier.reports import TurnInfo as TurnInfo
@@ -69,16 +69,12 @@ _HOMES = {
     ),
     "memtier.generation": ("Generation",),
     "memtier.huggingface": ("TieredCache",),
+    "memtier.recovery.reports": ("CheckpointInfo", "ErasureProof", "Finding", "ForgetReport", "SessionHealth"),
     "memtier.reports": (
         "BlockContent",
-        "CheckpointInfo",
-        "ErasureProof",
-        "Finding",
-        "ForgetReport",
         "MemoryReport",
         "ObserveReport",
         "RuntimeStats",
-        "SessionHealth",
         "SessionInfo",
         "SessionStats",
         "TurnInfo",

@@ -13,7 +13,7 @@ from memtier.cli_session import copy_of_session, existing_session
 from memtier.errors import ConfigError, SessionError
 
 if TYPE_CHECKING:
-    from memtier.reports import SessionHealth
+    from memtier.recovery.reports import SessionHealth
 
 __all__ = ["memory"]
 

@@ -16,7 +16,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from memtier.bench.demo import OnProgress
     from memtier.blocks import MemoryHit
-    from memtier.reports import CheckpointInfo, MemoryReport, SessionHealth, SessionInfo, TurnInfo
+    from memtier.recovery.reports import CheckpointInfo, SessionHealth
+    from memtier.reports import MemoryReport, SessionInfo, TurnInfo
 
 __all__ = [
     "emit_json",

@@ -18,7 +18,7 @@ from memtier.folder import SessionFolder
 from memtier.parts import Shared
 from memtier.recovery import erasure
 from memtier.recovery.forget import Held, find_forks, forget_in, open_copy, parts_of
-from memtier.reports import ForgetReport
+from memtier.recovery.reports import ForgetReport
 from memtier.timeline import Timeline
 from memtier.updater import Updater
 from memtier_backends.layout import SessionPaths, session_folders

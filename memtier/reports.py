@@ -1,4 +1,7 @@
-"""What memtier tells: frozen pydantic reports of a call, of a session's four tiers, and of a runtime."""
+"""What memtier tells: frozen pydantic reports of a call, of a session's four tiers, and of a runtime.
+
+What is told of checkpoints, of forgetting and of damage: recovery/reports.py.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "AttentionMass",
     "BlockContent",
-    "CheckpointInfo",
     "ContextReport",
     "EideticToken",
-    "ErasureProof",
-    "Finding",
     "FinishReason",
-    "ForgetReport",
     "LayerSelection",
     "MemoryReport",
     "ObserveReport",
+    "Report",
     "RuntimeStats",
     "SelectedBlock",
-    "SessionHealth",
     "SessionInfo",
     "SessionStats",
     "StateLayer",
@@ -33,11 +32,13 @@ __all__ = [
 ]
 
 
-class _Report(BaseModel):
+class Report(BaseModel):
+    """Frozen; unknown fields are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
 
-class ObserveReport(_Report):
+class ObserveReport(Report):
     """What one `observe` took in.
 
     `bits_per_byte` is the model's surprise at the text, over its UTF-8 bytes; None where nothing was predicted or the
@@ -53,7 +54,7 @@ class ObserveReport(_Report):
     logits: torch.Tensor | None = Field(None, exclude=True, repr=False)
 
 
-class WeightsReport(_Report):
+class WeightsReport(Report):
     """The model: permanent structural memory."""
 
     name: str
@@ -65,7 +66,7 @@ class WeightsReport(_Report):
     adapters: tuple[str, ...] = ()
 
 
-class StateLayer(_Report):
+class StateLayer(Report):
     """The fading memory of one layer; `half_life_tokens` follows from the decay of the last step."""
 
     layer: int
@@ -76,14 +77,14 @@ class StateLayer(_Report):
     half_life_tokens: float | None
 
 
-class StateReport(_Report):
+class StateReport(Report):
     """Fading memory: constant in size, whatever was read."""
 
     bytes: int
     layers: tuple[StateLayer, ...]
 
 
-class EideticToken(_Report):
+class EideticToken(Report):
     """An old token that the innovation test keeps verbatim."""
 
     position: int
@@ -91,7 +92,7 @@ class EideticToken(_Report):
     innovation: float
 
 
-class ContextReport(_Report):
+class ContextReport(Report):
     """Short-term memory: the window [window_start, window_end) and, a layer, the surprising old tokens."""
 
     window_start: int
@@ -100,7 +101,7 @@ class ContextReport(_Report):
     eidetic: dict[int, tuple[EideticToken, ...]]
 
 
-class SelectedBlock(_Report):
+class SelectedBlock(Report):
     """One retrieved block: its score, its tokens [start, end), and its share of the last token's attention."""
 
     block_id: int
@@ -110,7 +111,7 @@ class SelectedBlock(_Report):
     attention_mass: float
 
 
-class LayerSelection(_Report):
+class LayerSelection(Report):
     """What one memory layer retrieved at its last boundary."""
 
     layer: int
@@ -118,7 +119,7 @@ class LayerSelection(_Report):
     blocks: tuple[SelectedBlock, ...]
 
 
-class StorageReport(_Report):
+class StorageReport(Report):
     """Long-term memory. `pending_blocks` are sealed and not yet on disk; `lag_tokens` not yet searchable.
 
     Of `blocks`, the oldest `dropped_blocks` are not retrieved any more (`MemoryConfig.retain_tokens` and its like).
@@ -136,7 +137,7 @@ class StorageReport(_Report):
 AttentionMass = dict[int, dict[str, float]]
 
 
-class MemoryReport(_Report):
+class MemoryReport(Report):
     """The four tiers of a session, as they stand."""
 
     session: str
@@ -148,7 +149,7 @@ class MemoryReport(_Report):
     attention_mass: AttentionMass
 
 
-class SessionStats(_Report):
+class SessionStats(Report):
     """Counters of one open session. Bytes are of host memory, but for `device_bytes`, and `segment_bytes` on disk.
 
     Each limit stands beside what it limits; None where there is none. `waited_seconds` is how long steps have waited
@@ -179,7 +180,7 @@ class SessionStats(_Report):
     failure: str | None
 
 
-class RuntimeStats(_Report):
+class RuntimeStats(Report):
     """Counters of a runtime: its open sessions, the jobs that wait for the model thread, free space on the store's disk
     (below `min_free_bytes` nothing new is taken), its device pool, and
     `decode_batches`: forward passes over sampled tokens by how many sessions shared them.
@@ -205,7 +206,7 @@ class RuntimeStats(_Report):
     sessions: tuple[SessionStats, ...]
 
 
-class SessionInfo(_Report):
+class SessionInfo(Report):
     """One session of a store, as its journal tells without a model; `open` in the runtime that was asked."""
 
     id: str
@@ -220,76 +221,7 @@ class SessionInfo(_Report):
     open: bool = False
 
 
-class CheckpointInfo(_Report):
-    """A moment of a session that was kept under a name: its `position`, and when it was kept."""
-
-    name: str
-    position: int
-    created_at: float
-
-
-class ErasureProof(_Report):
-    """What scans of the raw files found of a forgotten span, before and after.
-
-    `proven` only if everything that was looked for was found before, in its class of file, and nothing of it after in
-    any file; else `reasons` say why not. `looked_for` and `found_before` count pieces by class of file and kind;
-    `remains` are files that still hold one.
-    """
-
-    proven: bool
-    reasons: tuple[str, ...]
-    looked_for: dict[str, dict[str, int]]
-    found_before: dict[str, dict[str, int]]
-    remains: tuple[str, ...]
-    files: int
-    bytes: int
-
-
-class ForgetReport(_Report):
-    """What was forgotten: the tokens [start, end), as they were numbered before.
-
-    `forks` and `checkpoints` held some of it and forgot it too; `still_held_by` are forks that were left alone.
-    `also_at` are ranges, as numbered now, that repeat parts of it: quotations, which stay. The session was read again
-    from token `restored_from` on.
-    """
-
-    start: int
-    end: int
-    tokens: int
-    position: int
-    restored_from: int
-    replayed_tokens: int
-    forks: tuple[str, ...]
-    checkpoints: tuple[str, ...]
-    still_held_by: tuple[str, ...]
-    also_at: tuple[tuple[int, int], ...]
-    proof: ErasureProof | None
-    seconds: float
-
-
-class Finding(_Report):
-    """Something that is not as it was written: what it is, and what is wrong with it.
-
-    `mended`: it was put right, or put aside, where that was asked for. `harmless`: nothing has to be done.
-    """
-
-    what: str
-    problem: str
-    mended: bool
-    harmless: bool = False
-
-
-class SessionHealth(_Report):
-    """What a look at a session's files found. `healthy` if every finding was mended or does no harm."""
-
-    id: str | None
-    folder: str
-    position: int
-    healthy: bool
-    findings: tuple[Finding, ...]
-
-
-class TurnInfo(_Report):
+class TurnInfo(Report):
     """One turn of a session: who spoke, when, and its tokens [start, end).
 
     `text` is the original; where a part of it is not known (token ids, an answer, a call that was cut off) it is
@@ -306,7 +238,7 @@ class TurnInfo(_Report):
     created_at: float
 
 
-class BlockContent(_Report):
+class BlockContent(Report):
     """One block of long-term memory, read back.
 
     `keys` and `values` are one (S, G, D) float32 array a memory layer, `landmarks` one (C,), `innovation` (S,); all are

@@ -30,8 +30,9 @@ from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
 from memtier.recovery.doctor import examine
 from memtier.recovery.portable import exported_id, import_session
+from memtier.recovery.reports import SessionHealth
 from memtier.recovery.reread import reread as give_to
-from memtier.reports import RuntimeStats, SessionHealth, SessionInfo
+from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import WorkerThread, shielded

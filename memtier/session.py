@@ -1,7 +1,7 @@
 """A session: one line of tokens that a model remembers, and what a program may ask of it.
 
 Calls on one session take turns; a new one ends a generation that was left unfinished. Looking (`inspect`, `blocks`,
-`block`, `state`, `stats`) waits for no call. Over 500 lines, half of them docstrings: it is all that a program may ask.
+`block`, `state`, `stats`) waits for no call. Over 300 lines, half of them docstrings: it is all that a program may ask.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from memtier.reader import Manner
 from memtier.recall import find
 from memtier.recovery.copies import checkpoints, drop_checkpoint, make_checkpoint, restore_checkpoint
 from memtier.recovery.portable import export_session
+from memtier.recovery.reports import CheckpointInfo, ForgetReport
 from memtier.reports import (
     BlockContent,
-    CheckpointInfo,
-    ForgetReport,
     MemoryReport,
     ObserveReport,
     SessionStats,

@@ -99,7 +99,7 @@ def _fill(
 ) -> int:
     rows = journal._rows
     head = Head()
-    with journal._transaction("keep what can be kept"):
+    with journal._file.transaction("keep what can be kept"):
         for entry in entries:
             if entry.kind in ("tokens", "rollback"):
                 head = replace(head, position=entry.end)

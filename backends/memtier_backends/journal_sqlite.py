@@ -1,14 +1,13 @@
 """The journal of a session in one SQLite file.
 
-What its rows are, how they are chained and checked: journal_rows.py. Here is what a session does with them.
+What its rows are, how they are chained and checked: journal_rows.py; the file and its transactions: journal_file.py.
+Here is what a session does with them.
 """
 
 from __future__ import annotations
 
 import sqlite3
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memtier.errors import ConfigError, SessionNotFoundError, StorageError
-from memtier_backends.files import storage_errors
+from memtier.errors import ConfigError, SessionNotFoundError
 from memtier_backends.journal_derived import DerivedRecords
+from memtier_backends.journal_file import JournalFile
 from memtier_backends.journal_forget import cut_out
 from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
 from memtier_backends.journal_turns import read_turns
 from memtier_backends.records import SegmentManifest, SnapshotRecord, TurnRecord
-from memtier_backends.sqlite_file import (
-    connect,
-    copy_database,
-    replace_database,
-    sqlite_errors,
-    truncate_log,
-)
+from memtier_backends.sqlite_file import connect, sqlite_errors
 
 __all__ = ["SqliteJournal"]
 
@@ -60,7 +53,7 @@ class SqliteJournal:
                 connection.execute("PRAGMA synchronous=OFF")
         journal = cls(path, connection, read_only)
         try:
-            with journal._reading("open the journal"):
+            with journal._file.reading("open the journal"):
                 journal._piece_start = journal._rows.check_opened().position
         except BaseException:
             connection.close()
@@ -70,12 +63,9 @@ class SqliteJournal:
     def __init__(self, path: Path, connection: sqlite3.Connection, read_only: bool) -> None:
         """Use `open`."""
         self.path = path
-        self._read_only = read_only
-        self._closed = False
-        # One connection has one transaction: a second thread waits for the first.
-        self._one_at_a_time = threading.RLock()
         self._rows = JournalRows(path, connection)
         self._derived = DerivedRecords(self._rows, alone=not read_only)
+        self._file = JournalFile(path, connection, read_only=read_only, undone=self._derived.forget_what_was_read)
         # A text given later stands for the tokens from here on. Where the piece of a turn begun before this open began
         # is not known: the text of such a turn is told as unknown, never guessed.
         self._piece_start = 0
@@ -84,7 +74,7 @@ class SqliteJournal:
 
     @property
     def position(self) -> int:
-        with self._reading("read the position"):
+        with self._file.reading("read the position"):
             return self._rows.head().position
 
     def begin_turn(
@@ -107,7 +97,7 @@ class SqliteJournal:
             "span_blocks": span_blocks,
         }
         body = to_json(about | ({"retained_from": int(retained_from)} if retained_from else {}))
-        with self._transaction("begin a turn"):
+        with self._file.transaction("begin a turn"):
             head = self._rows.head()
             head = replace(head, turn=head.turn + 1)
             self._rows.append(head, "turn", head.position, head.position, body.encode())
@@ -120,7 +110,7 @@ class SqliteJournal:
         ids = _token_ids(tokens)
         if mark and not len(ids):
             raise ConfigError("mark is set and there are no tokens; a mark stands at the last token of its commit.")
-        with self._transaction("commit tokens"):
+        with self._file.transaction("commit tokens"):
             head = self._rows.head()
             if turn != head.turn:
                 raise ConfigError(f"turn is {turn}; tokens go to the newest turn, {head.turn}. Begin a turn first.")
@@ -138,7 +128,7 @@ class SqliteJournal:
 
     def rollback(self, position: int, reason: str) -> None:
         position = int(position)
-        with self._transaction("roll back"):
+        with self._file.transaction("roll back"):
             head = self._rows.head()
             if not 0 <= position <= head.position:
                 raise ConfigError(f"position is {position}; a rollback goes to a position in [0, {head.position}].")
@@ -159,7 +149,7 @@ class SqliteJournal:
         self._piece_start = position
 
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
-        with self._reading("read tokens"):
+        with self._file.reading("read tokens"):
             position = self._rows.head().position
             if not 0 <= start <= end <= position:
                 raise ConfigError(f"tokens [{start}, {end}) were asked for; the session holds [0, {position}).")
@@ -176,12 +166,12 @@ class SqliteJournal:
             return ids
 
     def turns(self, start: int = 0, end: int | None = None) -> list[TurnRecord]:
-        with self._reading("read turns"):
+        with self._file.reading("read turns"):
             end = self._rows.head().position if end is None else end
             return read_turns(self._rows, self._row_start(start), start, end) if start < end else []
 
     def marks(self, start: int, end: int) -> list[int]:
-        with self._reading("read marks"):
+        with self._file.reading("read marks"):
             found = self._rows.execute(
                 "SELECT end - 1 FROM entries WHERE mark = 1 AND end > ? AND end <= ? AND live = end - start "
                 "ORDER BY end",
@@ -192,69 +182,69 @@ class SqliteJournal:
     # What is derived from the tokens
 
     def get_meta(self, key: str) -> Any:
-        with self._reading(f"read meta {key!r}"):
+        with self._file.reading(f"read meta {key!r}"):
             found = self._rows.records("meta", key)
             return found[0] if found else None
 
     def set_meta(self, key: str, value: Any) -> None:
-        with self._transaction(f"set meta {key!r}"):
+        with self._file.transaction(f"set meta {key!r}"):
             self._rows.put_record("meta", key, 0, value)
 
     @property
     def first_block(self) -> int:
-        with self._reading("read where segments begin"):
+        with self._file.reading("read where segments begin"):
             return self._derived.first_block
 
     def begin_with(self, block: int) -> None:
-        with self._transaction("say where segments begin"):
+        with self._file.transaction("say where segments begin"):
             self._derived.begin_with(block)
 
     def add_segment(self, manifest: SegmentManifest) -> None:
-        with self._transaction(f"add segment {manifest.name}"):
+        with self._file.transaction(f"add segment {manifest.name}"):
             self._derived.add_segment(manifest)
 
     def merge_segments(self, manifest: SegmentManifest) -> list[str]:
-        with self._transaction(f"merge segments into {manifest.name}"):
+        with self._file.transaction(f"merge segments into {manifest.name}"):
             return self._derived.merge_segments(manifest)
 
     def segments(self) -> list[SegmentManifest]:
-        with self._reading("read segments"):
+        with self._file.reading("read segments"):
             return self._derived.segments()
 
     def drop_before(self, block: int) -> list[str]:
-        with self._transaction("drop old segments"):
+        with self._file.transaction("drop old segments"):
             return self._derived.drop_before(int(block))
 
     @property
     def indexed_through(self) -> int:
-        with self._reading("read the index mark"):
+        with self._file.reading("read the index mark"):
             return self._rows.head().indexed_through
 
     def set_indexed_through(self, blocks: int) -> None:
-        with self._transaction("set the index mark"):
+        with self._file.transaction("set the index mark"):
             self._derived.set_indexed_through(blocks)
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
-        with self._transaction(f"add snapshot {record.name}"):
+        with self._file.transaction(f"add snapshot {record.name}"):
             self._derived.add_snapshot(record)
 
     def snapshots(self) -> list[SnapshotRecord]:
-        with self._reading("read snapshots"):
+        with self._file.reading("read snapshots"):
             return self._derived.snapshots()
 
     def drop_snapshot(self, name: str) -> None:
-        with self._transaction(f"drop snapshot {name}"):
+        with self._file.transaction(f"drop snapshot {name}"):
             self._derived.drop_snapshot(name)
 
     def drop_after(self, position: int) -> None:
-        with self._transaction("drop what is derived"):
+        with self._file.transaction("drop what is derived"):
             self._derived.drop_after(int(position))
 
     def forget(
         self, start: int, end: int, *, scrub: Collection[int] = (), derived_to: int, meta: Mapping[str, Any]
     ) -> None:
         start, end, derived_to = int(start), int(end), int(derived_to)
-        with self._transaction("forget"):
+        with self._file.transaction("forget"):
             position = self._rows.head().position
             if not 0 <= derived_to <= start < end <= position:
                 raise ConfigError(
@@ -271,80 +261,34 @@ class SqliteJournal:
     # The file
 
     def copy_to(self, path: Path) -> None:
-        with self._one_at_a_time:
-            copy_database(self._connection(), self.path, path)
+        self._file.copy_to(path)
 
     def replace_with(self, path: Path) -> None:
         other = SqliteJournal.open(path, read_only=True)
         try:
             other.verify()
-            with self._one_at_a_time:
-                replace_database(self._connection(), self.path, other._rows.connection)
+            self._file.replace_with(other._rows.connection)
         finally:
             other.close()
-            self._derived.forget_what_was_read()
-        with self._reading("read what was restored"):
+        with self._file.reading("read what was restored"):
             self._piece_start = self._rows.check_opened().position
 
     @property
     def bytes_on_disk(self) -> int:
-        files = (self.path, Path(f"{self.path}-wal"))
-        with storage_errors(f"read {self.path}"):
-            return sum(file.stat().st_size for file in files if file.exists())
+        return self._file.bytes_on_disk
 
     def verify(self) -> None:
-        with self._reading("verify the journal"):
+        with self._file.reading("verify the journal"):
             self._rows.verify()
         self.segments()
 
     def checkpoint(self) -> None:
-        with self._one_at_a_time, sqlite_errors(self.path, "checkpoint"):
-            truncate_log(self._connection(), self.path)
+        self._file.checkpoint()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        try:
-            if not self._read_only:
-                self.checkpoint()
-        finally:
-            self._closed = True
-            self._rows.connection.close()
+        self._file.close()
 
     # Private
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StorageError(f"the journal {self.path} is closed; open it again.")
-        return self._rows.connection
-
-    @contextmanager
-    def _transaction(self, action: str) -> Iterator[None]:
-        """All of the body's writes or none; durable when it ends."""
-        with self._one_at_a_time, sqlite_errors(self.path, action):
-            connection = self._connection()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                connection.execute("COMMIT")
-            except BaseException:
-                self._derived.forget_what_was_read()
-                # SQLite has rolled back by itself after some errors (a full disk).
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _reading(self, action: str) -> Iterator[None]:
-        """One consistent view for several reads, also beside a writer in another process."""
-        with self._one_at_a_time, sqlite_errors(self.path, action):
-            connection = self._connection()
-            connection.execute("BEGIN")
-            try:
-                yield
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
 
     def _live_tokens(self, start: int, end: int) -> Iterator[Entry]:
         """Standing token entries that overlap [start, end). Of those, seq and start have the same order."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionError
 from memtier.folder import META, SessionFolder
-from memtier.reports import CheckpointInfo
+from memtier.recovery.reports import CheckpointInfo
 from memtier_backends.files import flush_folder, link_or_copy, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, remove_session

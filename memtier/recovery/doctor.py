@@ -16,7 +16,7 @@ from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierE
 from memtier.folder import META, WEIGHTS, Backends, SessionFolder, is_ours
 from memtier.recovery.copies import CHECKPOINT
 from memtier.recovery.forget import INTENT, open_copy
-from memtier.reports import Finding, SessionHealth
+from memtier.recovery.reports import Finding, SessionHealth
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import SegmentStore
 from memtier_backends.files import flush_folder, storage_errors

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from memtier.folder import SessionFolder
-from memtier.reports import ErasureProof
+from memtier.recovery.reports import ErasureProof
 from memtier_backends.base import MemoryIndex
 from memtier_backends.layout import SessionPaths
 from memtier_backends.records import RawArray, SegmentManifest

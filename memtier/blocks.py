@@ -141,9 +141,8 @@ class SpanSelector(Protocol):
         ...
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose blocks for several boundaries.
 
         Args:
@@ -151,7 +150,6 @@ class SpanSelector(Protocol):
             boundaries: (R,) int64 on the CPU: absolute positions.
             visible: (R,) int64 on the CPU: blocks [0, visible) are candidates.
             k: blocks a boundary.
-            recency: (R,) float32 on the CPU: the share at which the newest blocks compete; 0: they do not.
 
         Returns:
             ids (B, R, k) int64 on the CPU, ascending, -1 where there is none (at the end); and their float32 scores

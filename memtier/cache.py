@@ -77,7 +77,7 @@ class TieredCache(Cache):
         super().__init__(layers=[])
         self.config = config
         self.settings = config.memory_settings() if settings is None else settings
-        self.selector: SpanSelector = HostSpanSelector() if selector is None else selector
+        self.selector: SpanSelector = HostSpanSelector(self.settings.recency_share) if selector is None else selector
         self._rows = batch_size
         self._lane: DecodeLane | None = None
         self.position = 0
@@ -181,11 +181,10 @@ class TieredCache(Cache):
             self._sealed.setdefault(layer, []).append((first_block, keys, values, marks, innovation))
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
-        return self.selector.select(layer, queries, boundaries, visible, k, recency)
+        return self.selector.select(layer, queries, boundaries, visible, k)
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.fetch`."""

@@ -192,24 +192,23 @@ class TieredCache(Cache):
     def _make(self, rows: int, device: torch.device, dtype: torch.dtype) -> carried.TieredCache:
         # collecting sealed blocks is for sessions; here they stay with the selector
         cache = carried.TieredCache(self._layout, settings=self._settings, batch_size=rows, device=device, dtype=dtype)
-        cache.selector = _ModeSelector(self._mode)
+        cache.selector = _ModeSelector(self._mode, cache.settings.recency_share)
         return cache
 
 
 class _ModeSelector(HostSpanSelector):
     """Every block in host memory, chosen in one of the modes of `memtier.retriever`."""
 
-    def __init__(self, mode: RetrievalMode) -> None:
-        super().__init__()
+    def __init__(self, mode: RetrievalMode, recency_share: float) -> None:
+        super().__init__(recency_share)
         self._mode: RetrievalMode = mode
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
         if self._mode == "on":
-            return super().select(layer, queries, boundaries, visible, k, recency)
+            return super().select(layer, queries, boundaries, visible, k)
         rows = queries.shape[0]
         if self._mode == "off" or not int(visible.max()):
             shape = rows, boundaries.numel(), k

@@ -52,16 +52,15 @@ class StorageSelector:
         self.storage.append(layer, first_block, _one(keys).cpu(), _one(values).cpu(), _one(landmarks).cpu())
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`. Scores are inner products, hashes (random) or zeros (recent)."""
         rows = boundaries.numel()
         ids = torch.full((1, rows, k), -1, dtype=torch.int64)
         scores = torch.full((1, rows, k), float("-inf"), dtype=torch.float32)
         if rows and k and self.mode != "off" and int(visible.max()) > self.first_block:
             if self.mode == "on":
-                ids, scores = self._best(layer, queries.to("cpu", torch.float32), visible, k, recency)
+                ids, scores = self._best(layer, queries.to("cpu", torch.float32), visible, k)
             elif self.mode == "recent":
                 ids, scores = recent_blocks(visible, k, self.first_block)
             else:
@@ -100,7 +99,7 @@ class StorageSelector:
             self.pool.free(self.owner, first_block)
 
     def _best(
-        self, layer: int, queries: torch.Tensor, visible: torch.Tensor, k: int, recency: torch.Tensor
+        self, layer: int, queries: torch.Tensor, visible: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         for first, rows in self._pieces(layer, self.first_block, int(visible.max())):
@@ -109,7 +108,7 @@ class StorageSelector:
             best = (ids, scores) if best is None else _better(best, (ids, scores), ids.shape[-1])
         assert best is not None, "select was called with nothing visible"
         newest, _ = recent_blocks(visible, k, self.first_block)
-        return extend_window(*settle(queries, *best, k), newest, recency)
+        return extend_window(*settle(queries, *best, k), newest, self.storage.settings.recency_share)
 
     def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
         return self.storage.pieces(layer, first, upto)

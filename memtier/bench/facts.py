@@ -217,9 +217,8 @@ def _watched(mark: int, place: range, *, force: bool) -> Iterator[_Choice]:
         boundaries: torch.Tensor,
         visible: torch.Tensor,
         k: int,
-        recency: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, scores = select(self, layer, queries, boundaries, visible, k, recency)
+        ids, scores = select(self, layer, queries, boundaries, visible, k)
         size = self.storage.settings.span_block_tokens
         gold = sorted({token // size for token in place})
         for row in (boundaries == mark).nonzero().flatten().tolist():

@@ -12,9 +12,14 @@ __all__ = ["HostSpanSelector"]
 
 
 class HostSpanSelector:
-    """Keeps every sealed block in host memory and scores all of them: the plain case, without a store."""
+    """Keeps every sealed block in host memory and scores all of them: the plain case, without a store.
 
-    def __init__(self) -> None:
+    Args:
+        recency_share: see `memtier.layers.landmarks.extend_window`.
+    """
+
+    def __init__(self, recency_share: float = 0.0) -> None:
+        self._recency_share = recency_share
         # K, V and landmarks of each layer (B, room, ...), of which the first so many blocks are in use
         self._blocks: dict[int, list[torch.Tensor]] = {}
         self._used: dict[int, int] = {}
@@ -42,12 +47,11 @@ class HostSpanSelector:
         self._used[layer] = end
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
         ids, scores = choose_blocks(queries, self._blocks[layer][2][:, : self._used[layer]], visible, k)
-        return extend_window(ids, scores, recent_blocks(visible, k)[0], recency)
+        return extend_window(ids, scores, recent_blocks(visible, k)[0], self._recency_share)
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.fetch`."""

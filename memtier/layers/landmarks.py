@@ -14,14 +14,15 @@ Two variations of the first kind, to compare (`landmark_kind`, `query_kind`):
             them could reach (Tang et al. 2024, "Quest"): an inner product with the query's positive and negative parts
     max     a block's score is the best that any single one of the r queries gives it
 
-A span that nothing asks for is better spent on the blocks just behind the window: `extend_window`. At a mark, where a
-question ends, all places go to what is found.
+A span that nothing asks for is better spent on the blocks just behind the window: `extend_window`.
 
 Salience is the norm of a token's key, times the fourth root of its innovation where the layer has one: what a head can
 attend to strongly, and what the fading memory could not foresee. Shape letters: `memtier.blocks`.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -156,9 +157,9 @@ def recent_blocks(visible: torch.Tensor, k: int, oldest: int = 0) -> tuple[torch
 
 
 def extend_window(
-    ids: torch.Tensor, scores: torch.Tensor, newest: torch.Tensor, share: torch.Tensor
+    ids: torch.Tensor, scores: torch.Tensor, newest: torch.Tensor, share: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A choice in which the newest blocks count as if a head gave each of them the share `share`.
+    """A choice in which the newest blocks count as if a head gave each of them `share`.
 
     So they take the places that no head wants with more: among many thousands of blocks some fit a query that looks for
     nothing, and a model reads them at the cost of what stands just behind its window.
@@ -166,12 +167,12 @@ def extend_window(
     Args:
         ids, scores: (B, R, k) of `settle`, the scores logarithms of shares.
         newest: (B or 1, R, k) block ids, -1 for none.
-        share: (R,), in [0, 1); 0 changes nothing.
+        share: 0 changes nothing.
     """
-    if not bool(share.any()):
+    if not share:
         return ids, scores
     newest = newest.to(ids.device).expand_as(ids)
-    floor = share.to(scores).log()[None, :, None].expand_as(scores).masked_fill(newest < 0, float("-inf"))
+    floor = torch.where(newest < 0, float("-inf"), math.log(share)).to(scores.dtype)
     both_ids, both_scores = torch.stack([ids, newest], 2), torch.stack([scores, floor], 2)
     return best_of_queries(both_ids.flatten(1, 2), both_scores.flatten(1, 2), 2, ids.shape[-1])
 

@@ -53,9 +53,8 @@ class LayerMemory(Protocol):
     ) -> None: ...  # fmt: skip
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -248,7 +247,7 @@ def span_step(
         chosen = choose_blocks(picks.float(), marks, visible * rows, k)
         newest, _ = recent_blocks(visible, k)
         newest = torch.where(newest < 0, newest, newest * rows + rows - 1)
-        table, scores = best_of_queries(*extend_window(*chosen, newest, plan.recency), each, k)
+        table, scores = best_of_queries(*extend_window(*chosen, newest, settings.recency_share), each, k)
         # a block of another sequence has no number in this one
         ids = torch.where(table < 0, table, (table // rows).masked_fill(table % rows != rows - 1, NO_BLOCK))
         return SpanStep(pool_keys, pool_values, table, ids, scores, empty=False)
@@ -268,7 +267,7 @@ def span_step(
         ids, scores = torch.full(rows, -1), torch.full(rows, float("-inf"))
     else:
         at, visible = torch.tensor([plan.boundaries[plan.new], fresh]).repeat_interleave(each, dim=1)
-        ids, scores = best_of_queries(*memory.select(layer, picks.float().cpu(), at, visible, k, plan.recency), each, k)
+        ids, scores = best_of_queries(*memory.select(layer, picks.float().cpu(), at, visible, k), each, k)
     scores = scores.to(keys.device, torch.float32)
     if bool((ids >= 0).any()):
         return _resident(layer, memory, held, ids, scores) or _fetched(layer, memory, held, ids, scores, keys)

@@ -25,7 +25,6 @@ class StepPlan:
         carried: True if the first group's choices were made in an earlier step.
         lo: the window's start for each group, by its boundary.
         visible: blocks sealed at each boundary.
-        asked: whether each boundary is a mark: there a question ends, and its answer is sought.
         sealed_from, sealed_to: numbers of the blocks that leave the window in this step.
         group: (T,) int64: the group of each token.
         origin: `start`, as a number or, where each row of the batch stands at its own place, (B, 1) int64.
@@ -44,7 +43,6 @@ class StepPlan:
     carried: bool
     lo: tuple[int, ...]
     visible: tuple[int, ...]
-    asked: tuple[bool, ...]
     sealed_from: int
     sealed_to: int
     group: torch.Tensor
@@ -58,11 +56,6 @@ class StepPlan:
     def new(self) -> slice:
         """The groups whose choices are made in this step."""
         return slice(1 if self.carried else 0, len(self.boundaries))
-
-    @property
-    def recency(self) -> torch.Tensor:
-        """(R_new,) float32 on the CPU: the share at which the newest blocks compete at each new boundary."""
-        return torch.tensor([0.0 if asked else self.settings.recency_share for asked in self.asked[self.new]])
 
 
 def window_start(settings: MemorySettings, boundary: int) -> int:
@@ -108,8 +101,7 @@ def make_plan(
     sealed_from = window_start(settings, boundary) // block if boundary >= 0 else 0
     sealed_to = lo[-1] // block if settings.widened else sealed_from
     return StepPlan(
-        settings, start, tokens, tuple(boundaries), carried, tuple(lo), tuple(visible),
-        tuple(b in marks for b in boundaries), sealed_from, sealed_to,
+        settings, start, tokens, tuple(boundaries), carried, tuple(lo), tuple(visible), sealed_from, sealed_to,
         group, start, lo_token, rows[0], rows[1], rows[2],
     )  # fmt: skip
 
@@ -132,6 +124,6 @@ def make_decode_plan(settings: MemorySettings, places: Sequence[tuple[int, int]]
     rows = torch.tensor([[start for start, _ in places], lo_token, lo], dtype=torch.int64).to(device)[..., None]
     numbers = torch.tensor([[0], [boundary], [visible]], dtype=torch.int64).to(device)
     return StepPlan(
-        settings, start, 1, (boundary,), True, (first,), (visible,), (False,), visible, visible,
+        settings, start, 1, (boundary,), True, (first,), (visible,), visible, visible,
         numbers[0], rows[0], rows[1], numbers[1], rows[2], numbers[2],
     )  # fmt: skip

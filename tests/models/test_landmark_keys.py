@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from memtier.cache import TieredCache
 from memtier.errors import ConfigError
 from memtier.layers.landmarks import (
     block_landmarks,
@@ -15,8 +14,7 @@ from memtier.layers.landmarks import (
     recent_blocks,
     settle,
 )
-from memtier.layers.plan import make_plan
-from memtier.testing import tiny_config, tiny_model
+from memtier.testing import tiny_config
 from memtier_kernels import late_interaction, select_blocks
 
 
@@ -125,7 +123,7 @@ def test_newest_blocks_take_the_places_that_no_head_wants_more():
         (0.3, [2, 40, 89, 90]),
         (0.95, [87, 88, 89, 90]),
     ):
-        chosen, scores = extend_window(ids, shares.log(), newest, torch.tensor([share]))
+        chosen, scores = extend_window(ids, shares.log(), newest, share)
         assert chosen[0, 0].tolist() == wanted, share
         own = dict(zip(ids[0, 0].tolist(), shares[0, 0].tolist(), strict=True))
         expected = [max(own.get(block, 0.0), share if block in newest else 0.0) for block in wanted]
@@ -135,32 +133,10 @@ def test_newest_blocks_take_the_places_that_no_head_wants_more():
 def test_an_early_boundary_has_fewer_newest_blocks():
     newest, _ = recent_blocks(torch.tensor([2]), 4)
     ids, scores = extend_window(
-        torch.tensor([[[0, -1, -1, -1]]]),
-        torch.tensor([[[-2.0] + 3 * [-torch.inf]]]),
-        newest,
-        torch.tensor([0.5]),
+        torch.tensor([[[0, -1, -1, -1]]]), torch.tensor([[[-2.0] + 3 * [-torch.inf]]]), newest, 0.5
     )
     assert ids.tolist() == [[[0, 1, -1, -1]]]
     assert scores[0, 0, :2].exp().tolist() == pytest.approx([0.5, 0.5])
-
-
-@torch.inference_mode()
-def test_newest_blocks_compete_but_where_something_is_asked():
-    model, plain = (tiny_model(landmark_keys=2, span_blocks=2, recency_share=share) for share in (0.99, 0.0))
-    x, mark = torch.randint(0, 256, (1, 150), generator=torch.Generator().manual_seed(0)), 137
-    chosen = []
-    for one in (model, plain):
-        cache = TieredCache(one.config)
-        cache.mark(mark)
-        one(x[:, : mark + 1], past_key_values=cache)
-        at_mark, *_ = cache.last_selection()
-        one(x[:, mark + 1 :], past_key_values=cache)
-        after, *_ = cache.last_selection()
-        assert after.boundary > at_mark.boundary == mark
-        chosen.append((at_mark.block_ids, after.block_ids))
-    newest = make_plan(model.config.memory_settings(), 149, 1, (), after.boundary, torch.device("cpu")).visible[0]
-    assert chosen[0][1] == (newest - 2, newest - 1) != chosen[1][1]
-    assert chosen[0][0] == chosen[1][0] != (newest - 2, newest - 1)
 
 
 def test_nothing_visible_is_nothing_chosen():

@@ -79,8 +79,8 @@ class NotingSelector(HostSpanSelector):
         super().__init__()
         self.noted = {}
 
-    def select(self, layer, queries, boundaries, visible, k, recency):
-        ids, scores = super().select(layer, queries, boundaries, visible, k, recency)
+    def select(self, layer, queries, boundaries, visible, k):
+        ids, scores = super().select(layer, queries, boundaries, visible, k)
         for row, boundary in enumerate(boundaries.tolist()):
             if visible[row]:
                 self.noted[layer, boundary] = ids[0, row].tolist(), scores[0, row]

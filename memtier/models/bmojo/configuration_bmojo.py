@@ -43,8 +43,8 @@ class BMojoConfig(PreTrainedConfig):
         memory_layers: attention layers with an expansion span. None: the bmojo layers; []: no span.
         far_positions: "compact", "none" or "true"; see `memtier.layers.positions`.
         landmark_keys: keys of a block that it is found by; 0: their mean. See `memtier.layers.landmarks`.
-        recency_share: with landmark_keys, the share at which the newest blocks compete for a place in the span, but at
-            marks; in [0, 1), 0: they do not. See `memtier.layers.landmarks.extend_window`.
+        recency_share: with landmark_keys, the share at which the newest blocks compete for a place in the span, in
+            [0, 1); 0: they do not. See `memtier.layers.landmarks.extend_window`.
         landmark_kind, query_kind: with landmark_keys 0, "mean" or "bounds", and "mean" or "max"; see there.
         storage_dtype: dtype that K and V of a sealed block are rounded to.
         rope_theta: base of the rotary embedding; None for none.

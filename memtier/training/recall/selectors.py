@@ -37,11 +37,10 @@ class NotingSelector(HostSpanSelector):
         self._gold = torch.from_numpy(gold)
 
     def select(
-        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int,
-        recency: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self, layer: int, queries: torch.Tensor, boundaries: torch.Tensor, visible: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
-        ids, scores = super().select(layer, queries, boundaries, visible, k, recency)
+        ids, scores = super().select(layer, queries, boundaries, visible, k)
         gold = self._gold[:, boundaries]
         # a block that is not sealed yet is still in the window
         gold = gold.masked_fill(gold >= visible, -1)

@@ -1,4 +1,4 @@
-"""A store, opened with a model: the threads, the updater tasks, and the sessions.
+"""A store, opened with a model: the threads, the updater tasks, and the sessions (open_sessions.py).
 
 Two threads serve all sessions: the model's owns every tensor, the journals' owns SQLite. Each session packs and
 writes its files on a thread of its own, so a slow disk holds up no other session.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,21 +20,18 @@ from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError
 from memtier.folder import Backends
-from memtier.forgetting import Forgetter
-from memtier.listing import describe_all, remove_session_of, remove_tenant
-from memtier.models.adapters import Adapter
+from memtier.listing import describe_all
+from memtier.open_sessions import OpenSessions
 from memtier.parts import Shared
 from memtier.reader import STEP_TOKENS
 from memtier.recovery.doctor import examine
-from memtier.recovery.portable import exported_id, import_session
+from memtier.recovery.portable import exported_id
 from memtier.recovery.reports import SessionHealth
-from memtier.recovery.reread import reread as give_to
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
-from memtier.threads import WorkerThread, shielded
+from memtier.threads import WorkerThread
 from memtier.tiers.device_pool import DevicePool
-from memtier.tiers.landmarks import Held
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.layout import check_store, session_folder, session_folders
 from memtier_backends.space import Space
@@ -84,8 +78,6 @@ class Runtime:
         self._config = config
         self._tenant = tenant
         self._backends = backends or Backends()
-        self._sessions: dict[str, Session] = {}
-        self._opening: dict[str, anyio.Lock] = {}
         self._task: int | None = None
         self._pid = os.getpid()
         self._closed = False
@@ -113,7 +105,7 @@ class Runtime:
                 self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
                 self._backends, self._space, self._model_thread, self._journal_thread, self._tasks,
             )  # fmt: skip
-            self._forgetter = Forgetter(self._shared, self._sessions)
+            self._sessions = OpenSessions(self._shared)
             await self._tasks.__aenter__()
         except BaseException:
             self._stop_threads()
@@ -134,12 +126,7 @@ class Runtime:
         write = not (kind is not None and issubclass(kind, anyio.get_cancelled_exc_class()))
         failures: list[MemtierError] = []
         with anyio.CancelScope(shield=True):
-            for session in list(self._sessions.values()):
-                try:
-                    await session.close_within(write=write)
-                except MemtierError as failure:
-                    log.error("session %r was closed with an error: %s", session.id, failure)
-                    failures.append(failure)
+            failures = await self._sessions.close_all(write=write)
             if self._pool is not None:
                 await self._model_thread.run(self._pool.close)
             await self._model_thread.run(self._weights.close)
@@ -171,27 +158,12 @@ class Runtime:
             CorruptMemoryError: its files are damaged.
         """
         self._check_open()
-        folder = session_folder(self._store, self._tenant, session_id)
-        check_text(session_id, "the session id")
-        async with self._opening.setdefault(session_id, anyio.Lock()):
-            session = self._sessions.get(session_id)
-            if session is None:
-                self._check_room()
-                async with self._under(adapter) as shared:
-                    if reread:
-                        identity = {"id": session_id, "tenant": self._tenant}
-                        await self._journal_thread.run(
-                            give_to, folder, self._backends, identity, shared.weights, self._settings
-                        )
-                    session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
-            elif adapter is not None:
-                await self._model_thread.run(session.timeline.reader.weights.check_adapter, adapter, session_id)
-        return session
+        return await self._sessions.open(session_id, adapter, reread)
 
     async def sessions(self) -> list[SessionInfo]:
         """Every session of this tenant in the store, open or not."""
         self._check_open()
-        open_ids = frozenset(self._sessions)
+        open_ids = frozenset(session.id for session in self._sessions.all())
         return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
 
     async def import_session(
@@ -213,17 +185,7 @@ class Runtime:
         path = Path(path)
         if session_id is None:
             session_id = await self._journal_thread.run(exported_id, path)
-        folder = session_folder(self._store, self._tenant, session_id)
-        check_text(session_id, "the session id")
-        identity = {"id": session_id, "tenant": self._tenant}
-        async with self._opening.setdefault(session_id, anyio.Lock()):
-            self._check_room()
-            if session_id in self._sessions:
-                raise SessionError(f"session {session_id!r} is open. Give another id, or delete that session first.")
-            async with self._under(adapter) as shared:
-                await self._journal_thread.run(import_session, path, folder, identity, shared.weights, self._settings)
-                session = self._sessions[session_id] = await self._open_session(session_id, folder, shared)
-        return session
+        return await self._sessions.take_in(path, session_id, adapter)
 
     async def delete_session(self, session_id: str) -> list[str]:
         """Close a session if it is open, and remove all that is on disk of it, checkpoints included.
@@ -236,11 +198,7 @@ class Runtime:
             SessionBusyError: another runtime holds it.
         """
         self._check_open()
-        async with self._opening.setdefault(session_id, anyio.Lock()):
-            session = self._sessions.get(session_id)
-            if session is not None:
-                await session.close_within(write=False)
-            return await shielded(self._journal_thread.run(remove_session_of, self._store, self._tenant, session_id))
+        return await self._sessions.delete(session_id)
 
     async def delete_tenant(self) -> list[str]:
         """Close all sessions of this tenant, and remove all that is on disk of them.
@@ -252,9 +210,7 @@ class Runtime:
             SessionBusyError: another runtime holds one; nothing was removed.
         """
         self._check_open()
-        for session in list(self._sessions.values()):
-            await session.close_within(write=False)
-        return await shielded(self._journal_thread.run(remove_tenant, self._store, self._tenant))
+        return await self._sessions.delete_all()
 
     async def doctor(self, *, rebuild: bool = False, full: bool = False) -> list[SessionHealth]:
         """Look over the files of this tenant's sessions, but for those that are open, which are only named.
@@ -273,12 +229,12 @@ class Runtime:
     def stats(self) -> RuntimeStats:
         """Counters of the runtime and its open sessions, at once."""
         self._check_open()
-        pool = self._pool
+        pool, sessions = self._pool, self._sessions.all()
         return RuntimeStats(
             model=self._weights.name,
             device=str(self._weights.device),
             waiting_steps=self._model_thread.waiting,
-            open_sessions=len(self._sessions),
+            open_sessions=len(sessions),
             max_open_sessions=self._config.max_open_sessions,
             free_bytes=self._space.free_bytes,
             min_free_bytes=self._config.min_free_bytes,
@@ -289,74 +245,16 @@ class Runtime:
             pool_refusals=0 if pool is None else pool.refusals,
             pool_hit_rate=None if pool is None else pool.hit_rate,
             decode_batches=dict(sorted(self._batcher.sizes.items())),
-            sessions=tuple(session.stats() for session in self._sessions.values()),
+            sessions=tuple(session.stats() for session in sessions),
         )
 
     # -- private
-
-    @asynccontextmanager
-    async def _under(self, adapter: str | Path | Adapter | None) -> AsyncGenerator[Shared]:
-        """What is shared, with the model under an adapter; the session that is opened inside gives that back."""
-        if adapter is None:
-            yield self._shared
-            return
-        weights = await self._model_thread.run(self._weights.attach, adapter)
-        try:
-            yield replace(self._shared, weights=weights)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._model_thread.run(weights.release)
-            raise
-
-    async def _open_session(
-        self, session_id: str, folder: Path, shared: Shared, landmarks: list[Held] | None = None
-    ) -> Session:
-        opened = await shared.open_folder(session_id, folder)
-        try:
-            parts = await shared.assemble(session_id, opened, landmarks)
-            try:
-                await parts.timeline.catch_up()
-            except BaseException:
-                with anyio.CancelScope(shield=True):
-                    await shared.take_apart(parts)
-                raise
-            edition = await self._journal_thread.run(lambda: opened.edition)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await self._journal_thread.run(opened.close)
-            raise
-        return Session(
-            session_id, shared, opened, parts, edition=edition, fork=self._fork, forgetter=self._forgetter,
-            on_close=self._forget_object,
-        )  # fmt: skip
-
-    async def _fork(self, source: Session, session_id: str) -> Session:
-        self._check_open()
-        folder = session_folder(self._store, self._tenant, session_id)
-        check_text(session_id, "the session id")
-        async with self._opening.setdefault(session_id, anyio.Lock()):
-            self._check_room()
-            landmarks = await source.fork_to(folder, session_id)
-            async with self._under(source.timeline.reader.weights.adapter) as shared:
-                session = await self._open_session(session_id, folder, shared, landmarks)
-                self._sessions[session_id] = session
-        return session
 
     def _set_space_aside(self) -> Space:
         config = self._config
         space = Space(self._store, min_free_bytes=config.min_free_bytes, reserve_bytes=config.reserve_bytes)
         space.fill()
         return space
-
-    def _check_room(self) -> None:
-        if len(self._sessions) >= self._config.max_open_sessions:
-            raise SessionError(
-                f"{len(self._sessions)} sessions are open, and max_open_sessions is "
-                f"{self._config.max_open_sessions}. Close one with session.close(), or raise that limit."
-            )
-
-    def _forget_object(self, session_id: str) -> None:
-        self._sessions.pop(session_id, None)
 
     def _stop_threads(self) -> None:
         for thread in (self._model_thread, self._journal_thread):

@@ -12,6 +12,7 @@ from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -172,7 +173,8 @@ class SyncRuntime:
         self._inner = runtime
         self._stack: ExitStack | None = None
         self._open_portal: BlockingPortal | None = None
-        self._sessions: dict[int, SyncSession] = {}
+        # the same object for the same session, as long as anyone has it: a closed session must not be kept alive
+        self._sessions: WeakValueDictionary[int, SyncSession] = WeakValueDictionary()
 
     @property
     def _portal(self) -> BlockingPortal:

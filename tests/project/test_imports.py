@@ -29,6 +29,7 @@ LEVELS = (
     "parts",
     "forgetting open_session",
     "session",
+    "open_sessions",
     "runtime",
     "sync",
 )
@@ -65,6 +66,7 @@ LEAVES_MAY_BE_USED_BY = {
         "parts",
         "forgetting",
         "session",
+        "open_sessions",
         "runtime",
         *ABOVE_THE_RUNTIME,
     },

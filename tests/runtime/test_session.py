@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import math
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -375,3 +377,15 @@ def test_the_blocking_store_does_what_the_async_one_does(tmp_path: Path, tokeniz
         assert session.inspect().position == session.position
         assert session.blocks().read_all().num_rows > 10
     assert [info.id for info in memtier.list_sessions(tmp_path / "store")] == ["a"]
+
+
+def test_the_blocking_store_keeps_no_session_that_was_closed(tmp_path: Path, tokenizer) -> None:
+    with memtier.open_sync(tmp_path / "store", model=tiny_model(), tokenizer=tokenizer) as runtime:
+        session = runtime.session("a")
+        assert runtime.session("a") is session
+        session.observe("It holds blocks in memory.")
+        inner = weakref.ref(session._inner)
+        session.close()
+        del session
+        gc.collect()
+        assert inner() is None

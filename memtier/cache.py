@@ -15,6 +15,7 @@ from transformers import Cache
 from memtier.blocks import MemoryBlock, MemorySettings, SpanSelection, SpanSelector
 from memtier.errors import IncompatibleMemoryError, ModelError
 from memtier.layers.bmojo import MixerState
+from memtier.layers.finite import is_finite
 from memtier.layers.host_selector import HostSpanSelector
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.plan import StepPlan, make_plan, next_boundary, window_start
@@ -171,7 +172,7 @@ class TieredCache(Cache):
         Raises:
             ModelError: a key or a value is not finite in the storage dtype.
         """
-        if not (bool(keys.isfinite().all()) and bool(values.isfinite().all())):
+        if not (is_finite(keys) and is_finite(values)):
             raise ModelError(
                 f"layer {layer} made non-finite keys or values near block {first_block} in "
                 f"{self.settings.storage_dtype}. Check the weights, or open with a wider storage_dtype."

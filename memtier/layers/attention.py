@@ -11,17 +11,18 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from memtier.errors import ConfigError, ModelError
+from memtier.errors import ConfigError
+from memtier.layers.finite import check_keys
 from memtier.layers.landmarks import search_queries
 from memtier.layers.memories import LayerMemory, attention_shares, sink_step, span_step
 from memtier.layers.plan import StepPlan
 from memtier.layers.positions import Sources, rotate_sources
-from memtier.layers.rotary import RotaryTable
+from memtier.layers.rotary import RotaryTable, turn, turn_of
 from memtier.layers.state import AttentionState, extend, roll
 from memtier_kernels import Band, span_attention
 from memtier_kernels.span_attention.sources import SOURCES
 
-__all__ = ["attend", "check_keys", "reach"]
+__all__ = ["attend", "reach"]
 
 
 def reach(settings) -> int:
@@ -105,7 +106,7 @@ def attend(
         mass[:, SOURCES.index("window")] = 1.0
         if span_ids is not None:
             changes["span_mass"] = mass.new_zeros(span_ids.shape[0], span_ids.shape[2])
-        check_keys(k, layer)
+        check_keys({layer: k})
         return _causal(q, k, v, rotary, scale), replace(carried, **changes, mass=mass)
     place = torch.arange(tokens, device=q.device)
     start = plan.lo_token
@@ -138,31 +139,13 @@ def attend(
     return out.to(q.dtype), replace(carried, **changes)
 
 
-def check_keys(k: torch.Tensor, layer: int) -> None:
-    """Plain attention on a CPU makes zeros of scores that are not numbers, so the logits would not show them.
-
-    Raises:
-        ModelError
-    """
-    if k.is_cpu and not bool(k.isfinite().all()):
-        raise ModelError(
-            f"layer {layer} made non-finite keys. The model's weights or its input overflow; the cache must not be "
-            f"used further."
-        )
-
-
 def _causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: RotaryTable | None, scale: float
 ) -> torch.Tensor:
     """Each token sees itself and those before it; shapes as of `attend`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if rotary is not None:
-        cos, sin = (t.chunk(2, dim=-1)[0] for t in rotary(torch.arange(q.shape[2], device=q.device), q.dtype))
-
-        def turn(x: torch.Tensor) -> torch.Tensor:
-            left, right = x.chunk(2, dim=-1)
-            return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-
-        q, k = turn(q), turn(k)
+        by = turn_of(*rotary(torch.arange(q.shape[1], device=q.device), q.dtype))
+        q, k = turn(q, by), turn(k, by)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["RotaryTable", "apply_rotary", "rotary_table"]
+__all__ = ["RotaryTable", "Turn", "apply_rotary", "rotary_table", "turn", "turn_of"]
 
 RotaryTable = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, torch.Tensor]]
 """(positions (...,), dtype) -> cosines and sines, two (..., D)."""
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines (..., 1, D) as `turn` multiplies with them: the same for all heads, the first half of the sines
+negative."""
 
 
 def rotary_table(
@@ -25,6 +29,17 @@ def rotary_table(
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (..., heads, size) by tables (..., size)."""
-    left, right = x.chunk(2, dim=-1)
-    turned = torch.cat([-right, left], dim=-1)
-    return x * cos[..., None, :].to(x.dtype) + turned * sin[..., None, :].to(x.dtype)
+    return turn(x, turn_of(cos, sin))
+
+
+def turn_of(cos: torch.Tensor, sin: torch.Tensor) -> Turn:
+    """Tables (..., size), ready for several tensors."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos[..., None, :], torch.cat([-first, second], dim=-1)[..., None, :]
+
+
+def turn(x: torch.Tensor, by: Turn) -> torch.Tensor:
+    """Rotate x (..., heads, size)."""
+    cos, sin = (t.to(x.dtype) for t in by)
+    # two tensors of the size of x are made here, and no more
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)

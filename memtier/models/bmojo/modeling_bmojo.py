@@ -19,6 +19,7 @@ from memtier.cache import TieredCache
 from memtier.decode_cache import DecodeCache
 from memtier.errors import ModelError
 from memtier.layers.bmojo import BMojoMixer, MixerLosses, MixerState
+from memtier.layers.finite import check_logits
 from memtier.layers.gated_deltanet import GatedDeltaNet
 from memtier.layers.grouped import GroupedGatedDeltaNet, GroupedMamba2
 from memtier.layers.mamba2 import Mamba2, Mamba2State
@@ -224,11 +225,9 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if labels is None and logits_to_keep:
             hidden = hidden[:, -logits_to_keep:]
         logits = self.lm_head(hidden)
-        if cache is not None and not bool(logits.isfinite().all()):
-            raise ModelError(
-                f"the model gave non-finite logits in the {inputs_embeds.shape[1]} tokens before {cache.position}. "
-                "Its weights or its input overflow; the cache must not be used further."
-            )
+        if cache is not None:
+            tokens = inputs_embeds.shape[1]
+            check_logits(logits, tokens, cache.position - tokens)
         output = BMojoOutput(logits=logits, past_key_values=cache)  # pyright: ignore[reportArgumentType]
         if labels is not None:
             self._add_losses(output, labels, loss_weights, losses)

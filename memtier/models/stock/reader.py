@@ -25,6 +25,7 @@ from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, ModelError
 from memtier.layers.attention import attend
 from memtier.layers.bmojo import MixerState
+from memtier.layers.finite import check_logits
 from memtier.layers.plan import StepPlan
 from memtier.models.stock.interface import IMPLEMENTATION, AttentionCall, LayerReader
 from memtier.models.stock.lane import DecodeLane, lane_of
@@ -83,18 +84,18 @@ class StockReader:
         if input_ids.shape[1] == 1 and not marks and isinstance(cache, TieredCache):
             lane = lane_of(cache, self.layout.rotaries, self.layout.local_tokens)
         if lane is not None:
-            output = self._forward(input_ids, logits_to_keep, _LaneStep(lane, self.layout.rotaries))
+            output = self._forward(input_ids, logits_to_keep, _LaneStep(lane, self.layout.rotaries), cache.position)
             lane.commit()
             output.past_key_values = cache
             return output
         plan = cache.plan(input_ids.shape[1], marks, input_ids.device)
         step = _Step(plan, cache, self.layout.rotaries)
-        output = self._forward(input_ids, logits_to_keep, step)
+        output = self._forward(input_ids, logits_to_keep, step, plan.start)
         cache.advance(plan, step.finished())
         output.past_key_values = cache
         return output
 
-    def _forward(self, input_ids: torch.Tensor, logits_to_keep: int, step: LayerReader) -> Any:
+    def _forward(self, input_ids: torch.Tensor, logits_to_keep: int, step: LayerReader, start: int) -> Any:
         """The model's forward pass, its attention read by `step`.
 
         Raises:
@@ -105,11 +106,7 @@ class StockReader:
                 input_ids=input_ids, position_ids=torch.zeros_like(input_ids), use_cache=False,
                 logits_to_keep=logits_to_keep, memtier_step=step,
             )  # fmt: skip
-        if not bool(output.logits.isfinite().all()):
-            raise ModelError(
-                f"the model gave non-finite logits in a step of {input_ids.shape[1]} tokens. Its weights or its input "
-                "overflow; the cache must not be used further."
-            )
+        check_logits(output.logits, input_ids.shape[1], start)
         return output
 
     @contextmanager
@@ -210,6 +207,6 @@ class _LaneStep:
     def attend(self, call: AttentionCall) -> torch.Tensor:
         """(B, 1, H, D), from queries and keys that were turned to position 0."""
         rotary = self._rotaries[call.layer]
-        return self._lane.attend(
-            call if rotary is None else call.turned(rotary.in_order(call.q), rotary.in_order(call.k))
-        )
+        if rotary is not None and rotary.channel_order is not None:
+            call = call.turned(rotary.in_order(call.q), rotary.in_order(call.k))
+        return self._lane.attend(call)

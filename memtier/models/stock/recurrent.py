@@ -27,6 +27,7 @@ from memtier.decode_cache import DecodeCache
 from memtier.errors import ConfigError, ModelError
 from memtier.layers.attention import attend
 from memtier.layers.bmojo import MixerState
+from memtier.layers.finite import check_logits
 from memtier.layers.mamba2 import Mamba2State
 from memtier.layers.plan import StepPlan
 from memtier.models.stock.interface import AttentionCall, memory_attention
@@ -109,11 +110,7 @@ class HybridReader(StockReader):
             options["logits_to_keep"] = keep
         with self._our_attention():
             logits = self.model(input_ids=ids, **options).logits
-        if not bool(logits.isfinite().all()):
-            raise ModelError(
-                f"the model gave non-finite logits in the {ids.shape[1]} tokens from {plan.start} on. "
-                "Its weights or its input overflow; the cache must not be used further."
-            )
+        check_logits(logits, ids.shape[1], plan.start)
         cache.advance(plan, step.finished())
         return logits
 

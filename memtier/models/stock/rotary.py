@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class StockRotary:
     long_frequencies: torch.Tensor | None = None
     _tables: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    @property
+    @cached_property
     def channel_order(self) -> torch.Tensor | None:
         """(D,) int64: the channels so ordered that pairs lie D/2 apart; None if they do already."""
         half, whole = self.frequencies.numel(), self.head_dim // 2

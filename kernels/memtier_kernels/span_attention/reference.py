@@ -16,6 +16,8 @@ __all__ = ["band_attention", "paged_attention", "span_attention"]
 BAND_QUERIES = 96
 # such slices that are read in one call
 BAND_CHUNKS = 8
+# rows of a table that are gathered in one call: larger leaves the CPU's cache
+PAGED_ROWS = 8
 
 
 def span_attention(
@@ -230,29 +232,52 @@ def paged_attention(
         take = take.reshape(rows, per_row)
     q_BRGJQD = (q * scale)[:, take.reshape(-1)]
     q_BRGJQD = q_BRGJQD.reshape(batch, rows, per_row, kv_heads, repeat, size).permute(0, 1, 3, 4, 2, 5)
+    queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
 
     # a missing block reads block 0 and is masked
     base = torch.arange(batch, device=q.device)[:, None, None] * pool_blocks
     shared = source.k.stride(0) == 0 and source.v.stride(0) == 0 and not source.k.requires_grad
-    flat = (source.table.clamp(min=0) + (0 if shared else base)).reshape(-1)
-    pool = slice(0, 1) if shared else slice(None)
-    keys = source.k[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
-    values = source.v[pool].reshape(-1, block * kv_heads * size).index_select(0, flat)
-    # a pool of a coarser dtype widens before it is rotated
-    keys = keys.reshape(batch, rows, blocks * block, kv_heads, size).to(q.dtype)
-    values = values.reshape(batch, rows, blocks * block, kv_heads, size).to(q.dtype)
-    if source.cos is not None and source.sin is not None:
-        left, right = keys.chunk(2, dim=-1)
-        turned = torch.cat([-right, left], dim=-1)
-        keys = keys * source.cos[:, None].to(keys.dtype) + turned * source.sin[:, None].to(keys.dtype)
+    flat = source.table.clamp(min=0) + (0 if shared else base)
+    pool_k, pool_v = (x[:1].flatten(0, 1) if shared else x.flatten(0, 1) for x in (source.k, source.v))
     hidden = (source.table < 0)[..., None].expand(batch, rows, blocks, block)
     if source.mask is not None:
         hidden = hidden | ~source.mask
     hidden = hidden.reshape(batch, rows, 1, 1, blocks * block)
 
-    queries = q_BRGJQD.reshape(batch, rows, kv_heads, repeat * per_row, size)
-    out, lse = _partial(queries, keys.transpose(2, 3), values.transpose(2, 3), hidden, softcap)
+    together = rows if q.is_cuda or _wants_gradient(q, source.k, source.v) else PAGED_ROWS
+    outs, logs = [], []
+    for first in range(0, rows, together):
+        some = slice(first, first + together)
+        taken = flat[:, some]
+        keys = _turned(pool_k, taken, source, q.dtype)
+        values = pool_v.index_select(0, taken.reshape(-1)).to(q.dtype)
+        keys, values = (x.reshape(*taken.shape[:2], blocks * block, kv_heads, size) for x in (keys, values))
+        out, lse = _partial(queries[:, some], keys.transpose(2, 3), values.transpose(2, 3), hidden[:, some], softcap)
+        outs.append(out)
+        logs.append(lse)
+    out, lse = torch.cat(outs, dim=1), torch.cat(logs, dim=1)
     out = out.reshape(batch, rows, kv_heads, repeat, per_row, size).permute(0, 1, 4, 2, 3, 5)
     lse = lse.reshape(batch, rows, kv_heads, repeat, per_row).permute(0, 1, 4, 2, 3)
     out = out.reshape(batch, rows * per_row, heads, size)[:, place]
     return out, lse.reshape(batch, rows * per_row, heads)[:, place]
+
+
+def _turned(pool: torch.Tensor, taken: torch.Tensor, source: Paged, dtype: torch.dtype) -> torch.Tensor:
+    """Blocks `taken` (B, R, K) of a pool (n, S, G, D), one after another, each turned as its place in its row asks.
+
+    A pool of a coarser dtype widens before it is turned.
+    """
+    flat, blocks = taken.reshape(-1), taken.shape[2]
+    if source.cos is None or source.sin is None:
+        return pool.index_select(0, flat).to(dtype)
+    place = torch.arange(blocks, device=flat.device).expand(taken.shape).reshape(-1)
+    again = None
+    if flat.numel() > blocks and not _wants_gradient(pool):
+        # neighbouring rows name the same block at the same place: it is turned once
+        pair, again = (flat * blocks + place).unique(return_inverse=True)
+        flat, place = pair // blocks, pair % blocks
+    keys = pool.index_select(0, flat).to(dtype)
+    cos, sin = (t.unflatten(0, (blocks, pool.shape[1]))[place][:, :, None].to(dtype) for t in (source.cos, source.sin))
+    left, right = keys.chunk(2, dim=-1)
+    turned = keys * cos + torch.cat([-right, left], dim=-1) * sin
+    return turned if again is None else turned.index_select(0, again)

@@ -224,6 +224,7 @@ def bench_models(
     kv_heads: Annotated[int, typer.Option(help="Key/value heads.")] = 8,
     window_tokens: Annotated[int, typer.Option(help="Of memtier and of the sliding cache.")] = 512,
     rounds: Annotated[int, typer.Option(help="Decoding is measured so often; medians.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="CSV file to which this run is added.")] = None,
     device: Device = "cpu",
     threads: Threads = 1,
     as_json: Json = False,
@@ -236,7 +237,7 @@ def bench_models(
     options = ModelsOptions(
         families=tuple(families.split(",")), contexts=_counts("--contexts", contexts), width=width, layers=layers,
         heads=heads, kv_heads=kv_heads, window_tokens=window_tokens, rounds=rounds, device=device, threads=threads,
-        command=command,
+        out=out, command=command,
     )  # fmt: skip
     with progress() as on_progress:
         report = run_models(options, on_progress)

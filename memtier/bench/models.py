@@ -3,7 +3,8 @@
 Random weights of a given width, one stream of random tokens, three readers by turns: a piece each, so that a machine
 whose speed drifts slows all. At each context length the prefill so far is told, and tokens are decoded one by one, by
 turns again; medians of rounds. "Inside" is a stream that never leaves the window. On a CPU seconds are those that the
-process computed, so that other programs on the machine count for little; on a GPU they are the clock's.
+process computed, so that other programs on the machine count for little; on a GPU they are the clock's. Each call can
+add its run to a CSV file: speeds of a shared machine differ from run to run, and the ratios less.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 
 from memtier.bench.demo import OnProgress
 from memtier.bench.machine import describe_machine, use_threads
+from memtier.bench.rows import read_rows, write_rows
 from memtier.cache import TieredCache
 from memtier.errors import ConfigError
 from memtier.models.stock import StockReader
@@ -28,12 +30,17 @@ __all__ = ["ModelsOptions", "run_models"]
 
 READERS = ("memtier", "full", "sliding")
 PIECE = 512
+COLUMNS = (
+    "run", "family", "tokens", *(f"{reader}_{what}" for reader in READERS for what in ("decode", "prefill", "bytes")),
+    *(f"{what}_over_{other}" for other in READERS[1:] for what in ("decode", "prefill")),
+    "processor", "torch", "commit",
+)  # fmt: skip
 FAMILIES = {"llama": "Llama", "qwen3": "Qwen3", "mistral": "Mistral", "granite": "Granite"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelsOptions:
-    """What is measured; `command` is what the user typed."""
+    """What is measured; `command` is what the user typed, `out` a CSV file to which the run is added."""
 
     families: tuple[str, ...] = ("llama", "qwen3")
     contexts: tuple[int, ...] = (1024, 4096, 16384)
@@ -47,6 +54,7 @@ class ModelsOptions:
     rounds: int = 3
     device: str = "cpu"
     threads: int = 1
+    out: Path | None = None
     command: str = "memtier bench models --json"
 
 
@@ -63,7 +71,11 @@ def run_models(options: ModelsOptions, on_progress: OnProgress) -> dict[str, Any
         raise ConfigError(f"--contexts is {options.contexts}; they must grow, from the window on.")
     use_threads(options.threads)
     results = {name: _family(name, options, on_progress) for name in options.families}
-    return {"families": results, "settings": asdict(options), "machine": describe_machine()}
+    machine = describe_machine()
+    if options.out is not None:
+        _add_run(results, machine, options.out)
+    settings = asdict(options) | {"out": options.out and str(options.out)}
+    return {"families": results, "settings": settings, "machine": machine}
 
 
 def _family(name: str, options: ModelsOptions, on_progress: OnProgress) -> dict[str, Any]:
@@ -172,6 +184,27 @@ def _told(
         told[f"decode_speed_over_{other}"] = statistics.median(ratios)
         told[f"prefill_speed_over_{other}"] = readings[other].seconds / readings["memtier"].seconds
     return told
+
+
+def _add_run(families: dict[str, Any], machine: dict[str, Any], out: Path) -> None:
+    """Write the rows of this run behind those of the file."""
+    rows = read_rows(out)
+    run = 1 + max((int(row["run"]) for row in rows), default=0)
+    where = {"processor": machine["processor"], "torch": machine["versions"]["torch"], "commit": machine["commit"]}
+    for family, told in families.items():
+        inside = next(iter(told["inside"]))
+        stops = {tokens: at for tokens, at in told.items() if tokens.isdigit()}
+        for tokens, at in {inside: told["inside"][inside], **stops}.items():
+            values = {"run": run, "family": family, "tokens": tokens, **where}
+            for reader in READERS:
+                values[f"{reader}_decode"] = f"{at[reader]['decode_tokens_per_second']:.1f}"
+                values[f"{reader}_prefill"] = f"{at[reader]['prefill_tokens_per_second']:.0f}"
+                values[f"{reader}_bytes"] = at[reader]["cache_bytes"]
+            for other in READERS[1:]:
+                values[f"decode_over_{other}"] = f"{at[f'decode_speed_over_{other}']:.3f}"
+                values[f"prefill_over_{other}"] = f"{at[f'prefill_speed_over_{other}']:.3f}"
+            rows.append({name: str(value) for name, value in values.items()})
+    write_rows(rows, COLUMNS, out)
 
 
 def _reset_peak() -> int:

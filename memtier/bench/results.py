@@ -3,6 +3,7 @@ command that makes them again."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def results_page(docs: Path) -> str:
         *_length(read_rows(results / "length.csv")),
         *_recall(read_rows(results / "recall" / "cpu_summary.csv"), results / "recall"),
         *_durability(read_rows(results / "durability.csv")),
+        *_models(read_rows(results / "models.csv")),
         *_kernels(docs.parent / "kernels" / "benchmarks" / "results"),
     ]
     return "\n\n".join(parts) + "\n"
@@ -120,6 +122,38 @@ def _recall(rows: list[Row], folder: Path) -> Iterator[str]:
     yield "`memtier bench recall --grid cpu --plots` (results/recall/cpu.csv)"
 
 
+def _models(rows: list[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "## Stock models, beside transformers' own caches"
+    yield (
+        "Random weights, 4 layers of width 512 with 8 query and 8 KV heads, a window of 512 tokens and a span of 4 "
+        "blocks; float32 on one CPU thread, all readers by turns. Tokens a second, and our speed over that of the full "
+        "cache. Medians over runs, lowest and highest in brackets; fewer tokens than the window: the stream never left "
+        "it."
+    )
+    lines = []
+    for family, tokens in dict.fromkeys((row["family"], row["tokens"]) for row in rows):
+        mine = [row for row in rows if (row["family"], row["tokens"]) == (family, tokens)]
+        decode, full, sliding = (_median(mine, f"{reader}_decode") for reader in ("memtier", "full", "sliding"))
+        prefill, full_prefill = (_median(mine, f"{reader}_prefill") for reader in ("memtier", "full"))
+        lines.append([
+            family, f"{int(tokens):,}", str(len(mine)), decode, full, sliding, _ratio(mine, "decode_over_full"),
+            prefill, full_prefill, _ratio(mine, "prefill_over_full"),
+            _median(mine, "memtier_bytes"), _median(mine, "full_bytes"),
+        ])  # fmt: skip
+    header = [
+        "model", "tokens", "runs", "decode", "full", "sliding", "decode over full", "prefill", "full",
+        "prefill over full", "bytes", "full",
+    ]  # fmt: skip
+    yield _table(header, lines)
+    where = ", ".join(
+        dict.fromkeys(f"{row['processor']}, torch {row['torch']}, commit {row['commit']}" for row in rows)
+    )
+    yield f"On {where}."
+    yield "`memtier bench models --json --out docs/results/models.csv`, once a run (results/models.csv)"
+
+
 def _kernels(folder: Path) -> Iterator[str]:
     yield "## Operations against their peers"
     for device in ("cpu", "cuda"):
@@ -134,6 +168,15 @@ def _kernels(folder: Path) -> Iterator[str]:
         ]
         yield _table(["case", "candidate", "median ms", "times ours", "wanted"], lines)
         yield f"`memtier bench kernels --device {device}` (kernels/benchmarks/results/{device}.csv)"
+
+
+def _median(rows: list[Row], column: str) -> str:
+    return f"{statistics.median(float(row[column]) for row in rows):,.0f}"
+
+
+def _ratio(rows: list[Row], column: str) -> str:
+    found = [float(row[column]) for row in rows]
+    return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
 def _spread(entry: dict[str, object]) -> str:

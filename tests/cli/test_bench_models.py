@@ -1,8 +1,11 @@
 """`memtier bench models`: every number is there, for each reader, and is of this run."""
 
+from dataclasses import replace
+
 import pytest
 
 from memtier.bench.models import READERS, ModelsOptions, run_models
+from memtier.bench.rows import read_rows
 from memtier.errors import ConfigError
 
 TINY = ModelsOptions(
@@ -30,6 +33,21 @@ def test_speeds_and_bytes_of_each_reader_inside_and_beyond_the_window():
     assert stages[-1] == ("llama", 160, 160)
     assert report["settings"]["window_tokens"] == 64
     assert report["machine"]["cores"]
+
+
+def test_each_run_is_added_to_a_file(tmp_path):
+    out = tmp_path / "models.csv"
+    tiny = replace(TINY, contexts=(64,), rounds=1, out=out)
+    for _ in range(2):
+        report = run_models(tiny, lambda *_: None)
+    rows = read_rows(out)
+    assert [(row["run"], row["family"], row["tokens"]) for row in rows] == [
+        (run, "llama", tokens) for run in "12" for tokens in ("56", "64")
+    ]
+    told = report["families"]["llama"]["64"]
+    assert float(rows[-1]["full_decode"]) == pytest.approx(told["full"]["decode_tokens_per_second"], abs=0.1)
+    assert float(rows[-1]["decode_over_full"]) == pytest.approx(told["decode_speed_over_full"], abs=1e-3)
+    assert report["settings"]["out"] == str(out)
 
 
 def test_choices_that_make_no_sense_are_refused():

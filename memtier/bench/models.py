@@ -1,8 +1,8 @@
 """`memtier bench models`: stock models read with memory, and with transformers' own full and sliding caches.
 
-Random weights of a given width, one stream of random tokens, three readers by turns: a piece each, so that a machine
-whose speed drifts slows all. At each context length the prefill so far is told, and tokens are decoded one by one, by
-turns again; medians of rounds. "Inside" is a stream that never leaves the window. On a CPU seconds are those that the
+Random weights of a given width, one stream of random tokens, three readers by turns: a piece each, or a token each, so
+that a machine whose speed drifts slows all. At each context length the prefill so far is told, and tokens are decoded
+one by one; medians of rounds. "Inside" is a stream that never leaves the window. On a CPU seconds are those that the
 process computed, so that other programs on the machine count for little; on a GPU they are the clock's. Each call can
 add its run to a CSV file: speeds of a shared machine differ from run to run, and the ratios less.
 """
@@ -157,10 +157,13 @@ def _contexts(
         peaks = {name: reading.peak for name, reading in readings.items()}
         speeds: dict[str, list[float]] = {name: [] for name in readings}
         for _ in range(options.rounds):
-            for name, reading in readings.items():
-                ids = x[:, position : position + options.decode_tokens].split(1, dim=1)
+            burst = dict.fromkeys(readings, 0.0)
+            for ids in x[:, position : position + options.decode_tokens].split(1, dim=1):
+                for name, reading in readings.items():
+                    burst[name] += reading.decode(ids)
+            for name, seconds in burst.items():
                 # a burst holds the tokens at which blocks are sealed and chosen too: their mean, not their median
-                speeds[name].append(statistics.mean(reading.decode(one) for one in ids))
+                speeds[name].append(seconds / options.decode_tokens)
             position += options.decode_tokens
         report[str(context)] = _told(readings, prefilled, speeds, peaks)
     return report

@@ -133,12 +133,12 @@ def _models(rows: list[Row]) -> Iterator[str]:
         "it."
     )
     lines = []
-    for family, tokens in dict.fromkeys((row["family"], row["tokens"]) for row in rows):
-        mine = [row for row in rows if (row["family"], row["tokens"]) == (family, tokens)]
+    for family, tokens in sorted({(row["family"], int(row["tokens"])) for row in rows}):
+        mine = [row for row in rows if (row["family"], row["tokens"]) == (family, str(tokens))]
         decode, full, sliding = (_median(mine, f"{reader}_decode") for reader in ("memtier", "full", "sliding"))
         prefill, full_prefill = (_median(mine, f"{reader}_prefill") for reader in ("memtier", "full"))
         lines.append([
-            family, f"{int(tokens):,}", str(len(mine)), decode, full, sliding, _ratio(mine, "decode_over_full"),
+            family, f"{tokens:,}", str(len(mine)), decode, full, sliding, _ratio(mine, "decode_over_full"),
             prefill, full_prefill, _ratio(mine, "prefill_over_full"),
             _median(mine, "memtier_bytes"), _median(mine, "full_bytes"),
         ])  # fmt: skip

@@ -107,8 +107,8 @@ class StorageSelector:
             ids = torch.where(ids < 0, ids, ids + first)
             best = (ids, scores) if best is None else _better(best, (ids, scores), ids.shape[-1])
         assert best is not None, "select was called with nothing visible"
-        newest, _ = recent_blocks(visible, k, self.first_block)
-        return extend_window(*settle(queries, *best, k), newest, self.storage.settings.recency_share)
+        share = self.storage.settings.recency_share
+        return extend_window(*settle(queries, *best, k), visible, share, oldest=self.first_block)
 
     def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
         return self.storage.pieces(layer, first, upto)

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from memtier.layers.landmarks import choose_blocks, extend_window, recent_blocks
+from memtier.layers.landmarks import choose_blocks, extend_window
 
 __all__ = ["HostSpanSelector"]
 
@@ -51,7 +51,7 @@ class HostSpanSelector:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.select`."""
         ids, scores = choose_blocks(queries, self._blocks[layer][2][:, : self._used[layer]], visible, k)
-        return extend_window(ids, scores, recent_blocks(visible, k)[0], self._recency_share)
+        return extend_window(ids, scores, visible, self._recency_share)
 
     def fetch(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """See `SpanSelector.fetch`."""

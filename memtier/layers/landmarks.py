@@ -157,7 +157,7 @@ def recent_blocks(visible: torch.Tensor, k: int, oldest: int = 0) -> tuple[torch
 
 
 def extend_window(
-    ids: torch.Tensor, scores: torch.Tensor, newest: torch.Tensor, share: float
+    ids: torch.Tensor, scores: torch.Tensor, visible: torch.Tensor, share: float, *, oldest: int = 0, rows: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A choice in which the newest blocks count as if a head gave each of them `share`.
 
@@ -166,12 +166,14 @@ def extend_window(
 
     Args:
         ids, scores: (B, R, k) of `settle`, the scores logarithms of shares.
-        newest: (B or 1, R, k) block ids, -1 for none.
+        visible: (R,) int64: query i may choose among blocks [oldest, visible_i).
         share: 0 changes nothing.
+        rows: sequences whose blocks are numbered one after another, the own one last; `visible` counts the own blocks.
     """
     if not share:
         return ids, scores
-    newest = newest.to(ids.device).expand_as(ids)
+    newest, _ = recent_blocks(visible, ids.shape[-1], oldest)
+    newest = torch.where(newest < 0, newest, newest * rows + rows - 1).expand_as(ids)
     floor = torch.where(newest < 0, float("-inf"), math.log(share)).to(scores.dtype)
     both_ids, both_scores = torch.stack([ids, newest], 2), torch.stack([scores, floor], 2)
     return best_of_queries(both_ids.flatten(1, 2), both_scores.flatten(1, 2), 2, ids.shape[-1])

@@ -18,7 +18,6 @@ from memtier.layers.landmarks import (
     choose_blocks,
     extend_window,
     queries_a_boundary,
-    recent_blocks,
 )
 from memtier.layers.plan import StepPlan
 from memtier.layers.rotary import apply_rotary
@@ -245,9 +244,8 @@ def span_step(
             pool_keys, pool_values, marks = _of_batch(pool_keys), _of_batch(pool_values), _of_batch(marks)
             rows = len(keys)
         chosen = choose_blocks(picks.float(), marks, visible * rows, k)
-        newest, _ = recent_blocks(visible, k)
-        newest = torch.where(newest < 0, newest, newest * rows + rows - 1)
-        table, scores = best_of_queries(*extend_window(*chosen, newest, settings.recency_share), each, k)
+        chosen = extend_window(*chosen, visible, settings.recency_share, rows=rows)
+        table, scores = best_of_queries(*chosen, each, k)
         # a block of another sequence has no number in this one
         ids = torch.where(table < 0, table, (table // rows).masked_fill(table % rows != rows - 1, NO_BLOCK))
         return SpanStep(pool_keys, pool_values, table, ids, scores, empty=False)

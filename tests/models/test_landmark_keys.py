@@ -11,7 +11,6 @@ from memtier.layers.landmarks import (
     candidates,
     choose_blocks,
     extend_window,
-    recent_blocks,
     settle,
 )
 from memtier.testing import tiny_config
@@ -123,7 +122,7 @@ def test_newest_blocks_take_the_places_that_no_head_wants_more():
         (0.3, [2, 40, 89, 90]),
         (0.95, [87, 88, 89, 90]),
     ):
-        chosen, scores = extend_window(ids, shares.log(), newest, share)
+        chosen, scores = extend_window(ids, shares.log(), torch.tensor([91]), share)
         assert chosen[0, 0].tolist() == wanted, share
         own = dict(zip(ids[0, 0].tolist(), shares[0, 0].tolist(), strict=True))
         expected = [max(own.get(block, 0.0), share if block in newest else 0.0) for block in wanted]
@@ -131,10 +130,8 @@ def test_newest_blocks_take_the_places_that_no_head_wants_more():
 
 
 def test_an_early_boundary_has_fewer_newest_blocks():
-    newest, _ = recent_blocks(torch.tensor([2]), 4)
-    ids, scores = extend_window(
-        torch.tensor([[[0, -1, -1, -1]]]), torch.tensor([[[-2.0] + 3 * [-torch.inf]]]), newest, 0.5
-    )
+    early = torch.tensor([[[0, -1, -1, -1]]]), torch.tensor([[[-2.0] + 3 * [-torch.inf]]])
+    ids, scores = extend_window(*early, torch.tensor([2]), 0.5)
     assert ids.tolist() == [[[0, 1, -1, -1]]]
     assert scores[0, 0, :2].exp().tolist() == pytest.approx([0.5, 0.5])
 

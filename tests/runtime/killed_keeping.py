@@ -1,8 +1,7 @@
 """Run by test_keeping_crash: processes that die before a write of a forget, a restore, a checkpoint or a fork.
 
-One process imports torch; every other is forked from it before it has threads. Prints a JSON list of {"operation",
-"kill_at", "killed", "a", "b", "kept", "healthy"}: exit status, and what the session, its fork and its checkpoint hold
-in the process that opens the store next.
+Processes are forked as in killed_process.py. Prints a JSON list of {"operation", "kill_at", "killed", "a", "b", "kept",
+"healthy"}: exit status, and what the session, its fork and its checkpoint hold in the process that opens the store next.
 """
 
 # ruff: noqa: ASYNC240  nothing else runs in these processes
@@ -13,8 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import torch
-from killed_process import in_child, runtime
+from killed_process import get_ready, in_child, runtime
 
 from memtier_backends.faults import Faults
 
@@ -68,9 +66,7 @@ async def look(store: Path, result: Path) -> None:
 
 
 def main(folder: Path, operations: list[str], step: int) -> None:
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 256, (200,), generator=generator).tolist()
+    ids = get_ready(folder)
     base = folder / "base"
     assert in_child(prepare, base, ids) == 0
     print(json.dumps({"ids": ids, **{operation: killed(folder, base, operation, step) for operation in operations}}))

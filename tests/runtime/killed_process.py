@@ -1,8 +1,9 @@
 """Run by test_session_crash: processes that die before their n-th write, each followed by one that goes on.
 
-One process imports torch; every other is forked from it before it has threads, so each costs a fraction of a second.
+One process imports torch and makes the model; every other is forked from it while it has one thread, so each costs a
+fraction of a second.
 
-    killed_process.py FOLDER FIRST STEP
+    killed_process.py FOLDER
 
 prints a JSON list of {"kill_at", "killed", "position", "error", "whole"}: exit status, tokens acknowledged, the largest
 difference of logits to an unbroken session of the same turns, and whether all was on disk in the end.
@@ -16,16 +17,20 @@ what the doctor says.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 import sys
+import threading
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 import anyio
+import lance_namespace  # noqa: F401  more than half of the time to import lancedb, which itself starts threads
 import torch
 
 from memtier.config import MemoryConfig
@@ -41,6 +46,9 @@ CONFIG = MemoryConfig(snapshot_every_tokens=40)
 DROPPING = MemoryConfig(snapshot_every_tokens=40, retain_tokens=60)
 
 
+model = cache(tiny_model)
+
+
 def runtime(store: Path, faults: Faults, config: MemoryConfig = CONFIG) -> Runtime:
     async def index(folder: Path, layers: list[int]) -> FaultyIndex:
         return FaultyIndex(MemoryIndexAdapter(layers), faults)
@@ -51,8 +59,7 @@ def runtime(store: Path, faults: Faults, config: MemoryConfig = CONFIG) -> Runti
         snapshots=lambda path: FaultySegmentStore(FileSegmentStore(path), faults, "snapshots"),
         index=index,
     )
-    model = tiny_model(dtype=torch.float64)
-    return Runtime(store, model, None, config, "default", "cpu", "auto", backends=backends)
+    return Runtime(store, model(dtype=torch.float64), None, config, "default", "cpu", "auto", backends=backends)
 
 
 async def first_half(store: Path, ids: list[int], faults: Faults, upto: int = 150) -> None:
@@ -94,15 +101,25 @@ def in_child(function, *arguments) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(folder: Path, first: int, step: int) -> None:
-    """Kill before write `first`, then `step` writes later, until a process ends by itself."""
+def get_ready(folder: Path) -> list[int]:
+    """Before the first fork: what is imported and kept now, no child has to. Returns the 200 tokens of the sessions."""
     torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 256, (200,), generator=generator).tolist()
+    ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(3)).tolist()
+    anyio.run(first_half, folder / "unbroken", ids, Faults())
+    anyio.run(the_rest, folder / "unbroken", ids, folder / "unbroken.pt")
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # no child touches these pages
+    return ids
+
+
+def main(folder: Path) -> None:
+    """Kill before the first write, then before the second, until a process ends by itself."""
+    ids = get_ready(folder)
     whole: dict[int, torch.Tensor] = {}
     found: list[dict] = []
     while not found or found[-1]["killed"]:
-        kill_at = first + step * len(found)
+        kill_at = 1 + len(found)
         store, result = folder / f"kill-{kill_at}", folder / f"kill-{kill_at}.pt"
         killed = in_child(first_half, store, ids, Faults(kill_at=kill_at))
         assert in_child(the_rest, store, ids, result) == 0, f"the store killed at write {kill_at} does not open"
@@ -127,7 +144,7 @@ def token_at(position: int) -> int:
 async def talk(store: Path, pipe: int, seed: int) -> None:
     """Read without end, and say what was acknowledged."""
     choose = random.Random(seed)
-    async with Runtime(store, tiny_model(), None, CONFIG, "default", "cpu", "auto") as opened:
+    async with Runtime(store, model(), None, CONFIG, "default", "cpu", "auto") as opened:
         session = await opened.session("a")
         while True:
             start = session.position
@@ -140,7 +157,7 @@ async def talk(store: Path, pipe: int, seed: int) -> None:
 
 
 async def look(store: Path, result: Path) -> None:
-    async with Runtime(store, tiny_model(), None, CONFIG, "default", "cpu", "auto") as opened:
+    async with Runtime(store, model(), None, CONFIG, "default", "cpu", "auto") as opened:
         session = await opened.session("a")
         position = session.position
         tokens = (await session.timeline.tokens(0, position)).tolist()
@@ -152,6 +169,7 @@ async def look(store: Path, result: Path) -> None:
 
 def at_random(folder: Path, rounds: int, seed: int) -> None:
     """One session, killed from outside again and again."""
+    get_ready(folder)
     choose = random.Random(seed)
     found, told = [], 0
     for number in range(rounds):
@@ -174,8 +192,7 @@ def at_random(folder: Path, rounds: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "at-random":
-        torch.set_num_threads(1)
+    if len(sys.argv) > 2:
         at_random(Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]))
     else:
-        main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+        main(Path(sys.argv[1]))

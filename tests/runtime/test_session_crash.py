@@ -11,17 +11,11 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("killed_process.py")
-PARTS = 3
-"""Between them they try every gap between two writes."""
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("part", range(PARTS))
-def test_a_process_killed_between_any_two_writes_reopens_and_catches_up(tmp_path: Path, part: int) -> None:
-    run = subprocess.run(
-        [sys.executable, str(SCRIPT), str(tmp_path), str(1 + part), str(PARTS)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+def test_a_process_killed_between_any_two_writes_reopens_and_catches_up(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert all(one["error"] <= 1e-9 and one["whole"] for one in found), found
@@ -29,7 +23,7 @@ def test_a_process_killed_between_any_two_writes_reopens_and_catches_up(tmp_path
     positions = [one["position"] for one in found]
     assert positions == sorted(positions)
     *killed, last = [one["killed"] for one in found]
-    assert len(killed) > 15 and set(killed) == {-signal.SIGKILL}
+    assert len(killed) > 60 and set(killed) == {-signal.SIGKILL}
     assert last == 0, "the last kill comes after the last write: else some gap was not tried"
 
 

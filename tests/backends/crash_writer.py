@@ -1,16 +1,19 @@
-"""A process that writes a session in the order that the runtime does, until it is killed. Run by test_crash.py.
+"""Processes that write a session in the order that the runtime does, until they are killed. Run by test_crash.py.
 
-    python crash_writer.py FOLDER KILL_AT INDEX
-
-KILL_AT: die just before that write (0: never); INDEX: "index" or "no-index". Acknowledged positions go to stdout.
+For each line of stdin, {"folder", "kill_at", "index"} in JSON, one is forked: kill_at: die just before that write (0:
+never); index: whether there is one. To stdout go its id, the positions that it acknowledged, and "ended STATUS".
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import anyio
+import anyio._backends._asyncio  # anyio imports it when it runs, which each of the forked processes would do
 
 from memtier_backends.base import MemoryIndex
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
@@ -76,5 +79,20 @@ async def write(folder: Path, kill_at: int, with_index: bool) -> None:
     lock.release()
 
 
+def main() -> None:
+    for line in sys.stdin:
+        job = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            print(os.getpid(), flush=True)
+            try:
+                anyio.run(write, Path(job["folder"]), job["kill_at"], job["index"])
+            except BaseException:  # noqa: BLE001  a forked child must not return into its parent's code
+                traceback.print_exc()
+            os._exit(1)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        print("ended", status, flush=True)
+
+
 if __name__ == "__main__":
-    anyio.run(write, Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "index")
+    main()

@@ -1,7 +1,8 @@
 """Run by test_keeping_crash: processes that die before a write of a forget, a restore, a checkpoint or a fork.
 
 Processes are forked as in killed_process.py. Prints a JSON list of {"operation", "kill_at", "killed", "a", "b", "kept",
-"healthy"}: exit status, and what the session, its fork and its checkpoint hold in the process that opens the store next.
+"healthy"}: exit status, and what the session, its fork and its checkpoint hold in the process that opens the store
+next.
 """
 
 # ruff: noqa: ASYNC240  nothing else runs in these processes

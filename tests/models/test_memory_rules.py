@@ -28,7 +28,8 @@ VARIANTS = {
     "landmark-keys-no-innovation": {"landmark_keys": 4, "fading": "none", "eidetic_tokens": 0},
 }
 MARKS = {37, 81, 101}
-TOKENS = 150
+TOKENS = 120
+FAR = 250
 
 
 def each_variant(function):
@@ -54,7 +55,7 @@ def tokens(seed=0, batch=1, count=TOKENS):
 def test_any_split_gives_the_logits_of_the_whole(overrides):
     model, x = tiny_model(dtype=torch.float64, **overrides), tokens(batch=2)
     whole = model(x, marks=MARKS).logits
-    for cuts in ([], [5, 6, 7, 50, 53, 90, 91, 92, 130], list(range(1, TOKENS))):
+    for cuts in ([], [5, 6, 7, 50, 53, 90, 91, 92, 110], list(range(1, TOKENS))):
         logits, _ = stream(model, x, cuts)
         assert (logits - whole).abs().max() < 1e-9
 
@@ -90,12 +91,12 @@ class NotingSelector(HostSpanSelector):
 @pytest.mark.parametrize("seed", range(4))
 @torch.inference_mode()
 def test_float32_splits_agree_and_selections_differ_only_where_scores_tie(seed):
-    model, x = tiny_model(seed), tokens(seed, count=400)
+    model, x = tiny_model(seed), tokens(seed, count=FAR)
     runs = []
-    for cuts in ([], [5, 6, 7, 50, 53, 90, 91, 92, 130, 300], list(range(1, 400))):
+    for cuts in ([], [5, 6, 7, 50, 53, 90, 91, 92, 130, 200], list(range(1, FAR))):
         selector = NotingSelector()
         cache = TieredCache(model.config, selector=selector)
-        logits = [model(x[:, a:b], past_key_values=cache).logits for a, b in zip([0, *cuts], [*cuts, 400], strict=True)]
+        logits = [model(x[:, a:b], past_key_values=cache).logits for a, b in zip([0, *cuts], [*cuts, FAR], strict=True)]
         runs.append((torch.cat(logits, dim=1), selector.noted))
     (whole, chosen), *others = runs
     for logits, noted in others:
@@ -104,19 +105,19 @@ def test_float32_splits_agree_and_selections_differ_only_where_scores_tie(seed):
         for at, layer in differing:
             torch.testing.assert_close(noted[layer, at][1], chosen[layer, at][1], rtol=1e-5, atol=0)
         assert len(differing) <= 2, f"{len(differing)} of {len(chosen)} selections differ"
-        agreed = differing[0][0] if differing else 400
+        agreed = differing[0][0] if differing else FAR
         assert (logits - whole)[:, :agreed].abs().max() <= 1e-4 * whole.abs().max()
 
 
 @each_variant
 @torch.inference_mode()
 def test_device_bytes_do_not_grow_and_do_not_depend_on_the_split(overrides):
-    model, x = tiny_model(**overrides), tokens(count=500)
+    model, x = tiny_model(**overrides), tokens(count=400)
     sizes = set()
-    for cuts in ([], [64, 65, 66, 200], list(range(1, 200))):
-        _, cache = stream(model, x[:, :250], cuts, dtype=torch.float32)
+    for cuts in ([], [64, 65, 66, 140], list(range(1, 90))):
+        _, cache = stream(model, x[:, :150], cuts, dtype=torch.float32)
         sizes.add(cache.device_bytes())
-        for start in range(250, 500, 50):
+        for start in range(150, 400, 50):
             model(x[:, start : start + 50], past_key_values=cache)
             sizes.add(cache.device_bytes())
     assert len(sizes) == 1
@@ -124,7 +125,7 @@ def test_device_bytes_do_not_grow_and_do_not_depend_on_the_split(overrides):
 
 @torch.inference_mode()
 def test_device_bytes_are_equal_at_10k_and_at_200k_tokens():
-    sizes = {"window_tokens": 64, "span_block_tokens": 32, "span_refresh_tokens": 16, "memory_layers": [1]}
+    sizes = {"window_tokens": 64, "span_block_tokens": 64, "span_refresh_tokens": 64, "memory_layers": [1]}
     model, x = tiny_model(num_hidden_layers=2, layer_types=["mamba2", "bmojo"], **sizes), tokens(count=512)
     cache, seen = TieredCache(model.config), {}
     for position in range(512, 200_193, 512):
@@ -156,7 +157,7 @@ def test_a_mark_refreshes_the_span_at_its_token():
     model, x = tiny_model(dtype=torch.float64), tokens()
     plain = model(x).logits
     changed = []
-    for mark in (61, 73, 101, 126):
+    for mark in (61, 73, 101, 114):
         difference = (plain - model(x, marks={mark}).logits).abs().amax(-1)[0]
         assert difference[:mark].max() == 0
         changed.append(float(difference[mark]) > 0)

@@ -54,7 +54,7 @@ async def answers_of(runtime: Runtime, *, together: bool, **choices: Any) -> lis
 
     def answer(i: int) -> Call:
         async def call() -> None:
-            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i, **choices)
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=20 + i, **choices)
             async for _ in generation:
                 pass
             answers[i] = generation.token_ids
@@ -142,7 +142,7 @@ async def test_looking_and_copying_in_the_middle_of_a_batch_change_nothing(open_
         answers: list[tuple[int, ...]] = [()] * len(sessions)
 
         async def answer(i: int) -> None:
-            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=20 + i)
             async for _ in generation:
                 assert sessions[i].stats().device_bytes == sizes[i]
                 if len(generation.token_ids) == 10:
@@ -202,7 +202,7 @@ async def test_only_the_session_whose_step_is_refused_sees_the_error(open_store,
         errors: list[tuple[int, str]] = []
 
         async def answer(i: int) -> None:
-            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=20 + i)
             try:
                 async for _ in generation:
                     pass
@@ -230,7 +230,7 @@ async def test_a_cancelled_generation_leaves_the_others_of_its_batch(open_store,
         answers: list[tuple[int, ...]] = [()] * len(sessions)
 
         async def answer(i: int) -> None:
-            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=20 + i)
             with anyio.CancelScope() as scope:
                 async for _ in generation:
                     if i == 2 and len(generation.token_ids) >= 12:
@@ -251,7 +251,7 @@ async def test_a_session_that_rests_holds_up_no_other_and_keeps_no_batch_alive(o
         others_left, done = {0, 1, 2, 4}, anyio.Event()
 
         async def answer(i: int) -> None:
-            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=30 + i)
+            generation = sessions[i].generate(PROMPTS[i], max_new_tokens=20 + i)
             async for _ in generation:
                 if i == 3 and len(generation.token_ids) >= 8 and not done.is_set():
                     await done.wait()

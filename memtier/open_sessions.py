@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import anyio
 
@@ -38,7 +39,9 @@ class OpenSessions:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._sessions: dict[str, Session] = {}
-        self._opening: dict[str, anyio.Lock] = {}
+        self._coming = 0
+        # a lock stays while somebody holds it or waits for it
+        self._opening: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
         self._forgetter = Forgetter(shared, self._sessions)
 
     def all(self) -> list[Session]:
@@ -51,8 +54,7 @@ class OpenSessions:
         async with self._one_at_a_time(session_id):
             session = self._sessions.get(session_id)
             if session is None:
-                self._check_room()
-                async with self._under(adapter) as shared:
+                async with self._place(adapter) as shared:
                     if reread:
                         await shared.journal.run(
                             give_to, folder, shared.backends, self._identity(session_id), shared.weights,
@@ -68,10 +70,9 @@ class OpenSessions:
         """See `Runtime.import_session`."""
         folder = self._folder(session_id)
         async with self._one_at_a_time(session_id):
-            self._check_room()
             if session_id in self._sessions:
                 raise SessionError(f"session {session_id!r} is open. Give another id, or delete that session first.")
-            async with self._under(adapter) as shared:
+            async with self._place(adapter) as shared:
                 identity = self._identity(session_id)
                 await shared.journal.run(import_session, path, folder, identity, shared.weights, shared.settings)
                 session = self._sessions[session_id] = await self._opened(session_id, folder, shared)
@@ -106,8 +107,25 @@ class OpenSessions:
     # -- private
 
     @asynccontextmanager
+    async def _place(self, adapter: str | Path | Adapter | None) -> AsyncGenerator[Shared]:
+        """A place among the open sessions for one that is opened inside, and what it shares, with the model under its
+        adapter, which the session gives back.
+        """
+        limit = self._shared.config.max_open_sessions
+        if len(self._sessions) + self._coming >= limit:
+            raise SessionError(
+                f"{len(self._sessions) + self._coming} sessions are open, and max_open_sessions is {limit}. Close one "
+                f"with session.close(), or raise that limit."
+            )
+        self._coming += 1
+        try:
+            async with self._under(adapter) as shared:
+                yield shared
+        finally:
+            self._coming -= 1
+
+    @asynccontextmanager
     async def _under(self, adapter: str | Path | Adapter | None) -> AsyncGenerator[Shared]:
-        """What is shared, with the model under an adapter; the session that is opened inside gives that back."""
         if adapter is None:
             yield self._shared
             return
@@ -144,11 +162,10 @@ class OpenSessions:
 
     async def _fork(self, source: Session, session_id: str) -> Session:
         folder = self._folder(session_id)
-        async with self._one_at_a_time(session_id):
-            self._check_room()
+        adapter = source.timeline.reader.weights.adapter
+        async with self._one_at_a_time(session_id), self._place(adapter) as shared:
             landmarks = await source.fork_to(folder, session_id)
-            async with self._under(source.timeline.reader.weights.adapter) as shared:
-                session = self._sessions[session_id] = await self._opened(session_id, folder, shared, landmarks)
+            session = self._sessions[session_id] = await self._opened(session_id, folder, shared, landmarks)
         return session
 
     def _folder(self, session_id: str) -> Path:
@@ -160,15 +177,10 @@ class OpenSessions:
         return {"id": session_id, "tenant": self._shared.tenant}
 
     def _one_at_a_time(self, session_id: str) -> anyio.Lock:
-        return self._opening.setdefault(session_id, anyio.Lock())
-
-    def _check_room(self) -> None:
-        limit = self._shared.config.max_open_sessions
-        if len(self._sessions) >= limit:
-            raise SessionError(
-                f"{len(self._sessions)} sessions are open, and max_open_sessions is {limit}. Close one with "
-                f"session.close(), or raise that limit."
-            )
+        lock = self._opening.get(session_id)
+        if lock is None:
+            lock = self._opening[session_id] = anyio.Lock()
+        return lock
 
     def _closed(self, session_id: str) -> None:
         self._sessions.pop(session_id, None)

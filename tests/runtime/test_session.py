@@ -317,6 +317,24 @@ async def test_sessions_are_limited_and_freed(open_store) -> None:
         await runtime.session("b")
 
 
+async def test_sessions_that_open_at_once_keep_the_limit_and_leave_no_lock_behind(open_store) -> None:
+    async with open_store(max_open_sessions=2) as runtime:
+        told: list[str] = []
+
+        async def start(session_id: str) -> None:
+            try:
+                await runtime.session(session_id)
+            except SessionError as error:
+                told.append(str(error))
+
+        async with anyio.create_task_group() as tasks:
+            for session_id in ("a", "b", "c", "b"):
+                tasks.start_soon(start, session_id)
+        assert len(told) == 1 and "2 sessions are open, and max_open_sessions is 2" in told[0]
+        assert runtime.stats().open_sessions == 2
+        assert not runtime._sessions._opening
+
+
 async def test_a_deleted_session_is_gone(open_store, tmp_path) -> None:
     async with open_store() as runtime:
         await (await runtime.session("a")).observe("hello")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class Forgetter:
 
     async def forget(self, session: Forgettable, wanted: Wanted, *, forks: bool, verify: bool) -> ForgetReport:
         """See `Session.forget`."""
-        began = time.perf_counter()
+        began, run = time.perf_counter(), self._shared.journal.run
         async with self._lock, session.exclusive(None):
             start, end, keep_first = await self._span(session, wanted)
             ids = await session.timeline.tokens(start, end)
@@ -89,17 +89,19 @@ class Forgetter:
             evidence = await self._evidence(session, start, end) if verify else None
             folders = [session.folder.paths] + ([SessionPaths(one.folder) for one in held] if forks else [])
             if evidence is not None:
-                await self._at_rest(session, held)
-                await self._shared.journal.run(erasure.control, evidence, folders)
+                async with self._at_rest(session, held):
+                    await run(erasure.control, evidence, folders)
             names = await self._forget(session, held if forks else [], start, end, keep_first)
             await session.timeline.catch_up()
             restored_from = session.timeline.restored_from
             if evidence is not None:
                 index = await session.updater.index()
-                await self._at_rest(session, held)
-                await self._shared.journal.run(session.folder.journal.checkpoint)
-                proof = await erasure.prove(evidence, session.folder, folders, index)
+                async with self._at_rest(session, held):
+                    await run(session.folder.journal.checkpoint)
+                    texts = (await index.rows(0, 2**62))["text"].to_pylist()
+                    proof = await run(erasure.prove, evidence, session.folder, folders, texts)
             rest = await session.timeline.tokens(0, session.timeline.position)
+            quotations = await run(_quotations, ids, rest)
             return ForgetReport(
                 start=start,
                 end=end,
@@ -110,7 +112,7 @@ class Forgetter:
                 forks=tuple(one.session_id for one in held) if forks else (),
                 checkpoints=tuple(names),
                 still_held_by=() if forks else tuple(one.session_id for one in held),
-                also_at=tuple(_quotations(ids, rest)),
+                also_at=tuple(quotations),
                 proof=proof,
                 seconds=time.perf_counter() - began,
             )
@@ -159,15 +161,24 @@ class Forgetter:
         index = await session.updater.index()
         del index  # opened, so that rows which it lost are written again
         await session.updater.flush()
-        codec, position = self._shared.weights.codec, session.timeline.position
-        said = codec.decode(await session.timeline.tokens(start, end))
-        rest = [codec.decode(await session.timeline.tokens(*span)) for span in ((0, start), (end, position))]
-        return await self._shared.journal.run(erasure.collect, session.folder, start, end, said, "\0".join(rest))
+        decode, ids = self._shared.weights.codec.decode, await session.timeline.tokens(0, session.timeline.position)
 
-    async def _at_rest(self, session: Forgettable, held: list[Held]) -> None:
-        """Nothing is being merged, so that no file goes while all are read."""
-        for one in (session, *self._open(held)):
-            await one.updater.rest()
+        def collect() -> erasure.Evidence:
+            rest = f"{decode(ids[:start])}\0{decode(ids[end:])}"
+            return erasure.collect(session.folder, start, end, decode(ids[start:end]), rest)
+
+        return await self._shared.journal.run(collect)
+
+    @asynccontextmanager
+    async def _at_rest(self, session: Forgettable, held: list[Held]) -> AsyncGenerator[None]:
+        """Nothing is written or merged, so that no file comes or goes while all are read."""
+        async with AsyncExitStack() as stack:
+            for other in self._open(held):
+                with suppress(SessionError):  # one that was closed meanwhile writes nothing
+                    await stack.enter_async_context(other.exclusive(None, catch_up=False))
+            for one in (session, *self._open(held)):
+                await one.updater.rest()
+            yield
 
     def _open(self, held: list[Held]) -> list[Forgettable]:
         return [other for one in held if (other := self._sessions.get(one.session_id)) is not None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from memtier.errors import SessionNotFoundError, StorageError
 from memtier.folder import META
 from memtier.reports import SessionInfo
+from memtier_backends.files import bytes_under
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
 from memtier_backends.lock import SessionLock
@@ -35,10 +36,10 @@ def describe_all(store: Path, tenant: str, open_ids: frozenset[str]) -> list[Ses
 
 
 def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInfo | None:
-    paths = SessionPaths(folder)
-    if not paths.journal.exists():
-        return None  # a session that died before it began
-    journal = SqliteJournal.open(paths.journal, read_only=True)
+    try:
+        journal = SqliteJournal.open(SessionPaths(folder).journal, read_only=True)
+    except SessionNotFoundError:
+        return None  # it died before it began, or was deleted meanwhile
     try:
         meta = journal.get_meta(META)
         if meta is None:
@@ -50,7 +51,7 @@ def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInf
             position=journal.position,
             turns=len(turns),
             blocks=segments[-1].end_block if segments else journal.first_block,
-            bytes_on_disk=_bytes_on_disk(folder),
+            bytes_on_disk=bytes_under(folder),
             created_at=meta["created_at"],
             updated_at=max((turn.created_at for turn in turns), default=None),
             model=meta["model"]["name"],
@@ -58,12 +59,6 @@ def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInf
         )
     finally:
         journal.close()
-
-
-def _bytes_on_disk(folder: Path) -> int:
-    """Of all files in a folder; one that has two names there counts once."""
-    found = {(stat.st_dev, stat.st_ino): stat.st_size for stat in (p.stat() for p in folder.rglob("*") if p.is_file())}
-    return sum(found.values())
 
 
 def remove_session_of(store: str | Path, tenant: str, session_id: str) -> list[str]:

@@ -6,12 +6,12 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memtier.errors import StorageError, StorageFullError
 
-__all__ = ["TEMPORARY_SUFFIX", "flush", "flush_folder", "link_or_copy", "storage_errors", "write_whole"]
+__all__ = ["TEMPORARY_SUFFIX", "bytes_under", "flush", "flush_folder", "link_or_copy", "storage_errors", "write_whole"]
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -71,6 +71,28 @@ def link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in _NO_LINKS:
             raise
         write_whole(target, source.read_bytes())
+
+
+def bytes_under(folder: Path, *, but: str | None = None) -> int:
+    """Bytes of all files in a folder and below, but for those of one name. A file with several names there counts once,
+    one that another thread deletes meanwhile not at all.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    found: dict[tuple[int, int], int] = {}
+    for here, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            if name != but:
+                with suppress(FileNotFoundError):
+                    stat = os.lstat(os.path.join(here, name))
+                    found[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(found.values())
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

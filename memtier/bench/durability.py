@@ -31,7 +31,7 @@ from memtier.bench.stretch import FIRST_TOKENS, stretch
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
 from memtier.reader import STEP_TOKENS
-from memtier_backends.files import flush
+from memtier_backends.files import bytes_under, flush
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.space import RESERVE_NAME
 
@@ -178,7 +178,7 @@ def _copies(runtime: Any, store: Path, options: DurabilityOptions) -> dict[str, 
     session = runtime.session("a")
     session.flush()
     position = session.position
-    before = _bytes_once(store)
+    before = bytes_under(store, but=RESERVE_NAME)
     names = iter(range(10**6))
     forks: list[str] = []
 
@@ -189,7 +189,7 @@ def _copies(runtime: Any, store: Path, options: DurabilityOptions) -> dict[str, 
     began = time.perf_counter()
     fork()
     first = time.perf_counter() - began
-    added = _bytes_once(store) - before
+    added = bytes_under(store, but=RESERVE_NAME) - before
     exported = store / "a.memtier"
     times = {
         "fork_seconds": _times(options.repeat, fork, lambda: runtime.delete_session(forks[-1])),
@@ -281,9 +281,3 @@ def _opened_after_a_crash(runtime: Any) -> dict[str, float]:
     began = time.perf_counter()
     timeline = runtime.session("a")._inner.timeline
     return {"seconds": time.perf_counter() - began, "tokens_read_again": timeline.position - timeline.restored_from}
-
-
-def _bytes_once(folder: Path) -> int:
-    """Bytes of all files under a folder; those that have two names count once."""
-    files = [path.stat() for path in folder.rglob("*") if path.is_file() and path.name != RESERVE_NAME]
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in files}.values())

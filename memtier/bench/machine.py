@@ -10,9 +10,8 @@ from pathlib import Path
 
 from memtier.errors import ConfigError
 from memtier.reports import SessionStats
-from memtier_backends.space import RESERVE_NAME
 
-__all__ = ["describe_machine", "folder_bytes", "resident_bytes", "selected_from_disk", "use_threads"]
+__all__ = ["describe_machine", "resident_bytes", "selected_from_disk", "use_threads"]
 
 _LIBRARIES = ("memtier", "torch", "transformers", "lancedb", "numpy")
 
@@ -37,11 +36,6 @@ def resident_bytes() -> int:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     listed = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
     return int(listed.stdout) * 1024
-
-
-def folder_bytes(folder: Path) -> int:
-    """Sum of the sizes of all files under a folder, but for space that is only set aside."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != RESERVE_NAME)
 
 
 def selected_from_disk(stats: SessionStats) -> float | None:

@@ -18,9 +18,11 @@ from typing import Any
 
 import memtier
 from memtier.bench.demo import OnProgress
-from memtier.bench.machine import describe_machine, folder_bytes, resident_bytes, selected_from_disk, use_threads
+from memtier.bench.machine import describe_machine, resident_bytes, selected_from_disk, use_threads
 from memtier.bench.text import load_text
 from memtier.errors import ConfigError
+from memtier_backends.files import bytes_under
+from memtier_backends.space import RESERVE_NAME
 
 __all__ = ["StreamOptions", "run_stream"]
 
@@ -67,7 +69,7 @@ def run_stream(store: Path, options: StreamOptions, on_progress: OnProgress) -> 
         early, late = _paired(runtime, session, data, options, on_progress)
         session.flush()
         stats = session.stats()
-    disk_bytes = folder_bytes(store)
+    disk_bytes = bytes_under(store, but=RESERVE_NAME)
     return {
         "seconds_per_token": {"early": early, "late": late, "late_over_early": late / early},
         "resident_bytes": {**resident, "growth": resident["late"] - resident["baseline"]},

@@ -17,7 +17,7 @@ import numpy as np
 
 from memtier.folder import SessionFolder
 from memtier.recovery.reports import ErasureProof
-from memtier_backends.base import MemoryIndex
+from memtier_backends.files import storage_errors
 from memtier_backends.layout import SessionPaths
 from memtier_backends.records import RawArray, SegmentManifest
 from memtier_backends.segments import read_kv, read_landmarks
@@ -81,13 +81,15 @@ def collect(session: SessionFolder, start: int, end: int, said: str, rest: str) 
 
 def control(evidence: Evidence, folders: Sequence[SessionPaths]) -> None:
     """The scan before: what it finds of each kind in the files of its class."""
-    for name, kinds in evidence.windows.items():
-        files = [path for paths in folders for path in _files(paths, name)]
-        evidence.found_before[name] = {kind: len(_found(windows, files)) for kind, windows in kinds.items() if windows}
+    with storage_errors("read all files, to find what is to be forgotten"):
+        for name, kinds in evidence.windows.items():
+            files = [path for paths in folders for path in _files(paths, name)]
+            found = {kind: _found(windows, files) for kind, windows in kinds.items() if windows}
+            evidence.found_before[name] = {kind: len(windows) for kind, windows in found.items()}
 
 
-async def prove(
-    evidence: Evidence, session: SessionFolder, folders: Sequence[SessionPaths], index: MemoryIndex
+def prove(
+    evidence: Evidence, session: SessionFolder, folders: Sequence[SessionPaths], indexed: Sequence[str]
 ) -> ErasureProof:
     """The scan after, of every file, and through each store's own reader.
 
@@ -95,8 +97,18 @@ async def prove(
         evidence: collected and controlled before.
         session: the session, all of it on disk.
         folders: the session's and those of its forks and checkpoints.
-        index: the session's index.
+        indexed: the text of each row of the session's index, as the index reads it.
+
+    Raises:
+        StorageError: a file cannot be read.
     """
+    with storage_errors("read all files, to prove that nothing is left in them"):
+        return _proof(evidence, session, folders, indexed)
+
+
+def _proof(
+    evidence: Evidence, session: SessionFolder, folders: Sequence[SessionPaths], indexed: Sequence[str]
+) -> ErasureProof:
     reasons = []
     for name, kinds in evidence.windows.items():
         for kind, windows in kinds.items():
@@ -121,8 +133,7 @@ async def prove(
         reasons.append("the journal reads tokens of it")
     if any(evidence.kv_hashes.intersection(layer.kv_hashes) for m in journal.segments() for layer in m.layers):
         reasons.append("a segment holds a block of it")
-    rows = await index.rows(0, 2**62)
-    if any(text in row for row in rows["text"].to_pylist() for text in evidence.texts):
+    if any(text in row for row in indexed for text in evidence.texts):
         reasons.append("the index reads text of it")
     return ErasureProof(
         proven=not reasons,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
+import anyio
+import anyio.lowlevel
 import pytest
 import torch
 
 import memtier
 from memtier.errors import ConfigError, SessionBusyError, SessionError, StorageError
+from memtier.recovery import erasure
 from memtier.recovery.forget import INTENT
 from memtier.testing import tiny_model
 from memtier_backends import sqlite_file
@@ -127,6 +132,37 @@ async def test_the_proof_is_refused_where_the_scan_would_find_nothing(told, monk
     report = await session.forget(hit, verify=True)
     assert report.proof is not None and not report.proof.proven
     assert any("did not find the keys and values in the segments" in reason for reason in report.proof.reasons)
+
+
+async def test_a_proof_stops_its_forks_and_nobody_else(told, monkeypatch) -> None:
+    runtime, session = told
+    fork, other = await session.fork("b"), await runtime.session("other")
+    began, found = anyio.Event(), erasure._found
+    loop = anyio.lowlevel.current_token().native_token
+    done: list[str] = []
+
+    def slow(windows, files):
+        loop.call_soon_threadsafe(began.set)
+        time.sleep(0.2)
+        done.append("scan")
+        return found(windows, files)
+
+    async def read_on(one: memtier.Session, name: str) -> None:
+        await began.wait()
+        await one.observe("and on")
+        done.append(name)
+
+    monkeypatch.setattr(erasure, "_found", slow)
+    (hit, *_) = await session.recall("Bodiv code")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(read_on, fork, "fork")
+        tasks.start_soon(read_on, other, "other")
+        report = await session.forget(hit, verify=True)
+    assert report.proof is not None and report.proof.proven, report.proof
+    first_scans = done[: done.index("fork")].count("scan")
+    assert done.index("other") < done.index("fork")
+    assert first_scans >= 4, "the fork reads on when all classes of files have been looked through"
+    assert (await fork.recall("4821")) == []
 
 
 async def test_older_hits_are_refused_and_new_ones_are_not(told) -> None:

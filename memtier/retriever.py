@@ -142,12 +142,15 @@ class OverlaySelector(StorageSelector):
     def append(
         self, layer: int, first_block: int, keys: torch.Tensor, values: torch.Tensor, landmarks: torch.Tensor
     ) -> None:
-        """See `SpanSelector.append`."""
+        """See `SpanSelector.append`. Blocks that the session has already stay: after a forget its tier may hold some
+        that its cache has yet to seal again.
+        """
         own = self._tensors_of[layer]
-        follows = self._own_first + len(own)
-        assert first_block == follows, f"block {first_block} follows {follows} blocks"
-        own += [torch.stack(pair) for pair in zip(_one(keys).cpu(), _one(values).cpu(), strict=True)]
-        self._landmarks[layer] += [row.clone() for row in _one(landmarks).cpu()]
+        skip = self._own_first + len(own) - first_block
+        assert skip >= 0, f"block {first_block} follows {first_block + skip} blocks"
+        pairs = zip(_one(keys)[skip:].cpu(), _one(values)[skip:].cpu(), strict=True)
+        own += [torch.stack(pair) for pair in pairs]
+        self._landmarks[layer] += [row.clone() for row in _one(landmarks)[skip:].cpu()]
 
     def _pieces(self, layer: int, first: int, upto: int) -> Iterator[tuple[int, torch.Tensor]]:
         mine = self._own_first

@@ -53,6 +53,23 @@ async def test_the_session_is_one_that_never_saw_the_span(open_store, ids, strid
         assert session.stats().lag_tokens == 0
 
 
+async def test_an_answer_that_is_not_remembered_follows_a_forget_that_left_a_block_ahead(open_store, ids) -> None:
+    answers = []
+    async with open_store(snapshot_every_tokens=32) as runtime:
+        never, session = await runtime.session("never"), await runtime.session("a")
+        await never.observe(ids[:32] + ids[34:42])
+        await session.observe(ids[:42])
+        await session.close()
+        session = await runtime.session("a")
+        # the boundary at 40 sealed tokens 20 to 24, which stay on disk; what is left ends before it
+        await session.forget(start=32, end=34)
+        assert session.stats().blocks == never.stats().blocks + 1
+        for one in (session, never):
+            generation = one.generate(max_new_tokens=12, remember=False)
+            answers.append([token async for token in generation])
+    assert answers[0] == answers[1]
+
+
 async def test_only_what_follows_the_last_snapshot_before_it_is_read_again(open_store, ids) -> None:
     async with open_store(snapshot_every_tokens=64) as runtime:
         session = await runtime.session("a")

@@ -318,12 +318,17 @@ TestSessionModel.settings = settings(
 TestSessionModel.pytestmark = [pytest.mark.timeout(600)]
 
 
-class Longer(SessionMachine):
-    """The same, more often."""
+class LongerOne(SessionMachine):
+    """The same, more often: half of it."""
 
 
-TestLonger = Longer.TestCase
-TestLonger.settings = settings(
-    max_examples=2000, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestLonger.pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+class LongerTwo(SessionMachine):
+    """The other half, so that two workers can share them."""
+
+
+TestLongerOne, TestLongerTwo = LongerOne.TestCase, LongerTwo.TestCase
+for longer in (TestLongerOne, TestLongerTwo):
+    longer.settings = settings(
+        max_examples=1000, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    longer.pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]

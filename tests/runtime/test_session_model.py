@@ -327,8 +327,7 @@ class LongerTwo(SessionMachine):
 
 
 TestLongerOne, TestLongerTwo = LongerOne.TestCase, LongerTwo.TestCase
-for longer in (TestLongerOne, TestLongerTwo):
-    longer.settings = settings(
-        max_examples=1000, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    longer.pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+TestLongerOne.settings = TestLongerTwo.settings = settings(
+    max_examples=1000, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestLongerOne.pytestmark = TestLongerTwo.pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]

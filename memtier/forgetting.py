@@ -85,18 +85,19 @@ class Forgetter:
             start, end, keep_first = await self._span(session, wanted)
             ids = await session.timeline.tokens(start, end)
             held = await self._held(session, start, end)
-            proof, names = None, []
+            forgetting = held if forks else []
+            proof = None
             evidence = await self._evidence(session, start, end) if verify else None
-            folders = [session.folder.paths] + ([SessionPaths(one.folder) for one in held] if forks else [])
+            folders = [session.folder.paths, *(SessionPaths(one.folder) for one in forgetting)]
             if evidence is not None:
-                async with self._at_rest(session, held):
+                async with self._at_rest(session, forgetting):
                     await run(erasure.control, evidence, folders)
-            names = await self._forget(session, held if forks else [], start, end, keep_first)
+            names = await self._forget(session, forgetting, start, end, keep_first)
             await session.timeline.catch_up()
             restored_from = session.timeline.restored_from
             if evidence is not None:
                 index = await session.updater.index()
-                async with self._at_rest(session, held):
+                async with self._at_rest(session, forgetting):
                     await run(session.folder.journal.checkpoint)
                     texts = (await index.rows(0, 2**62))["text"].to_pylist()
                     proof = await run(erasure.prove, evidence, session.folder, folders, texts)
@@ -109,7 +110,7 @@ class Forgetter:
                 position=session.timeline.position,
                 restored_from=restored_from,
                 replayed_tokens=session.timeline.position - restored_from,
-                forks=tuple(one.session_id for one in held) if forks else (),
+                forks=tuple(one.session_id for one in forgetting),
                 checkpoints=tuple(names),
                 still_held_by=() if forks else tuple(one.session_id for one in held),
                 also_at=tuple(quotations),

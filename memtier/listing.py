@@ -105,15 +105,14 @@ def remove_tenant(store: str | Path, tenant: str) -> list[str]:
 
 def _lineage(folder: Path) -> tuple[str, str] | None:
     """The lineage and the id of a session; None if it cannot be read, which must not keep it from being removed."""
-    paths = SessionPaths(folder)
-    if not paths.journal.exists():
-        return None
     try:
-        journal = SqliteJournal.open(paths.journal, read_only=True)
+        journal = SqliteJournal.open(SessionPaths(folder).journal, read_only=True)
         try:
             meta = journal.get_meta(META)
         finally:
             journal.close()
+    except SessionNotFoundError:
+        return None
     except StorageError as error:
         log.warning("%s cannot be read: %s", folder, error)
         return None

@@ -111,11 +111,11 @@ class OpenSessions:
         """A place among the open sessions for one that is opened inside, and what it shares, with the model under its
         adapter, which the session gives back.
         """
-        limit = self._shared.config.max_open_sessions
-        if len(self._sessions) + self._coming >= limit:
+        taken, limit = len(self._sessions) + self._coming, self._shared.config.max_open_sessions
+        if taken >= limit:
             raise SessionError(
-                f"{len(self._sessions) + self._coming} sessions are open, and max_open_sessions is {limit}. Close one "
-                f"with session.close(), or raise that limit."
+                f"{taken} sessions are open, and max_open_sessions is {limit}. Close one with session.close(), or "
+                f"raise that limit."
             )
         self._coming += 1
         try:
@@ -177,10 +177,7 @@ class OpenSessions:
         return {"id": session_id, "tenant": self._shared.tenant}
 
     def _one_at_a_time(self, session_id: str) -> anyio.Lock:
-        lock = self._opening.get(session_id)
-        if lock is None:
-            lock = self._opening[session_id] = anyio.Lock()
-        return lock
+        return self._opening.setdefault(session_id, anyio.Lock())
 
     def _closed(self, session_id: str) -> None:
         self._sessions.pop(session_id, None)

@@ -16,8 +16,8 @@ def patch_once_a_launch() -> None:
     patched: set[str] = set()
 
     def patch_lang(fn: Any) -> Any:
-        modules = (language, language.core)
-        seen = {value.__name__ for value in fn.__globals__.values() if any(value is module for module in modules)}
+        values = fn.__globals__.values()
+        seen = {value.__name__ for value in values if value is language or value is language.core}
         if seen <= patched:
             return None  # only a launch, for which nothing is patched yet, wants what to undo
         patched.update(seen)

@@ -79,15 +79,15 @@ def collect(session: SessionFolder, start: int, end: int, said: str, rest: str) 
     return evidence
 
 
+@storage_errors("read all files, to find what is to be forgotten")
 def control(evidence: Evidence, folders: Sequence[SessionPaths]) -> None:
     """The scan before: what it finds of each kind in the files of its class."""
-    with storage_errors("read all files, to find what is to be forgotten"):
-        for name, kinds in evidence.windows.items():
-            files = [path for paths in folders for path in _files(paths, name)]
-            found = {kind: _found(windows, files) for kind, windows in kinds.items() if windows}
-            evidence.found_before[name] = {kind: len(windows) for kind, windows in found.items()}
+    for name, kinds in evidence.windows.items():
+        files = [path for paths in folders for path in _files(paths, name)]
+        evidence.found_before[name] = {kind: len(_found(windows, files)) for kind, windows in kinds.items() if windows}
 
 
+@storage_errors("read all files, to prove that nothing is left in them")
 def prove(
     evidence: Evidence, session: SessionFolder, folders: Sequence[SessionPaths], indexed: Sequence[str]
 ) -> ErasureProof:
@@ -102,13 +102,6 @@ def prove(
     Raises:
         StorageError: a file cannot be read.
     """
-    with storage_errors("read all files, to prove that nothing is left in them"):
-        return _proof(evidence, session, folders, indexed)
-
-
-def _proof(
-    evidence: Evidence, session: SessionFolder, folders: Sequence[SessionPaths], indexed: Sequence[str]
-) -> ErasureProof:
     reasons = []
     for name, kinds in evidence.windows.items():
         for kind, windows in kinds.items():

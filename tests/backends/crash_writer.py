@@ -13,7 +13,6 @@ import traceback
 from pathlib import Path
 
 import anyio
-import anyio._backends._asyncio  # anyio imports it when it runs, which each of the forked processes would do
 
 from memtier_backends.base import MemoryIndex
 from memtier_backends.faults import Faults, FaultyIndex, FaultyJournal, FaultySegmentStore
@@ -80,6 +79,8 @@ async def write(folder: Path, kill_at: int, with_index: bool) -> None:
 
 
 def main() -> None:
+    # imports the event loop, which else each of the forked processes would do
+    anyio.run(anyio.sleep, 0)
     for line in sys.stdin:
         job = json.loads(line)
         pid = os.fork()

@@ -116,7 +116,8 @@ def get_ready(folder: Path) -> list[int]:
 def main(folder: Path) -> None:
     """Kill before the first write, then before the second, until a process ends by itself."""
     ids = get_ready(folder)
-    whole: dict[int, torch.Tensor] = {}
+    unbroken = torch.load(folder / "unbroken.pt")
+    whole: dict[int, torch.Tensor] = {unbroken["position"]: unbroken["logits"]}
     found: list[dict] = []
     while not found or found[-1]["killed"]:
         kill_at = 1 + len(found)
@@ -192,7 +193,7 @@ def at_random(folder: Path, rounds: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
+    if "at-random" in sys.argv:
         at_random(Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]))
     else:
         main(Path(sys.argv[1]))

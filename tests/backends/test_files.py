@@ -1,8 +1,12 @@
 """What is told of files that other threads write."""
 
 import os
-import threading
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from memtier_backends.files import bytes_under
 
@@ -17,26 +21,29 @@ def test_a_file_counts_once_whatever_its_names(tmp_path: Path) -> None:
     assert bytes_under(tmp_path, but="reserve") == 8
 
 
-def test_files_and_folders_that_go_meanwhile_are_no_error(tmp_path: Path) -> None:
+def test_files_and_folders_that_go_meanwhile_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stays").write_bytes(b"12345")
-    ended = threading.Event()
+    (tmp_path / "goes").write_bytes(b"123")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "goes").write_bytes(b"1")
+    assert bytes_under(tmp_path) == 9
+    walk = os.walk
 
-    def come_and_go() -> None:
-        while not ended.is_set():
-            folder = tmp_path / "goes"
-            folder.mkdir()
-            for n in range(20):
-                (folder / str(n)).write_bytes(b"1")
-            for n in range(20):
-                (folder / str(n)).unlink()
-            folder.rmdir()
+    def walk_while_they_go(folder: Path, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for listed in walk(folder, **options):
+            if listed[0] == str(folder):
+                # both were listed, neither was looked at
+                (tmp_path / "goes").unlink()
+                shutil.rmtree(tmp_path / "below")
+            yield listed
 
-    thread = threading.Thread(target=come_and_go)
-    thread.start()
-    try:
-        sizes = [bytes_under(tmp_path) for _ in range(500)]
-    finally:
-        ended.set()
-        thread.join()
-    assert set(sizes) <= set(range(5, 26))
-    assert max(sizes) > 5, "nothing came while they were counted"
+    monkeypatch.setattr(os, "walk", walk_while_they_go)
+    assert bytes_under(tmp_path) == 5
+    assert not (tmp_path / "goes").exists()
+    assert not (tmp_path / "below").exists()
+
+
+def test_any_other_error_of_the_system_is_raised(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    with pytest.raises(NotADirectoryError):
+        bytes_under(tmp_path / "file")

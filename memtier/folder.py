@@ -121,7 +121,7 @@ class SessionFolder:
 
     def drop_index(self) -> None:
         """Remove the index, which the updater then makes again from the segments. Nobody may have it open."""
-        self.journal.set_indexed_through(0)
+        self.journal.set_indexed_through(0, seal="")
         with storage_errors(f"remove the index {self.paths.index}"):
             if self.paths.index.exists():
                 shutil.rmtree(self.paths.index)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import numpy as np
@@ -17,6 +18,7 @@ from memtier.threads import WorkerThread
 from memtier.tiers.state import superseded
 from memtier.tiers.storage import StorageTier
 from memtier_backends.base import MemoryIndex
+from memtier_backends.folder_seal import FolderSeal
 from memtier_backends.merging import merged
 from memtier_backends.records import IndexRow, SegmentManifest, SnapshotRecord
 from memtier_backends.segments import pack_segment, read_innovation, read_landmarks
@@ -61,6 +63,7 @@ class Writer:
         self._codec = codec
         self._io = io
         self._index: MemoryIndex | None = None
+        self._seal = FolderSeal(folder.paths.index)
         self._index_lock = anyio.Lock()
         self._indexed = indexed
 
@@ -70,20 +73,32 @@ class Writer:
         return max(self._indexed, self._storage.first_block)
 
     async def index(self) -> MemoryIndex:
-        """The session's index, opened when first asked for."""
+        """The session's index, opened when first asked for; one that is not as it was written is made again."""
         async with self._index_lock:
             if self._index is None:
-                storage = self._storage
-                index = await self._folder.backends.index(
-                    self._folder.paths.index, [storage.channels] * len(storage.layers)
-                )
-                first = storage.first_block
-                if await index.count(first) < self.indexed - first:
-                    log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
-                    await self._history.call(self._folder.journal.set_indexed_through, 0)
-                    self._indexed = 0
-                self._index = index
+                self._index = await self._opened_index()
             return self._index
+
+    async def _opened_index(self) -> MemoryIndex:
+        folder, storage = self._folder, self._storage
+        if await self._io.run(self._seal.read) != await self._history.call(lambda: folder.journal.index_seal):
+            # damaged, or written to by whoever died before the journal could say so
+            if self._indexed:
+                log.warning("session %r: the index is not as it was written; it is made again", self._name)
+            await self._history.call(folder.drop_index)
+            self._indexed = 0
+        index = await folder.backends.index(folder.paths.index, [storage.channels] * len(storage.layers))
+        first = storage.first_block
+        if await index.count(first) < self.indexed - first:
+            log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
+            await self._mark_indexed(0)
+        return index
+
+    async def _mark_indexed(self, blocks: int) -> None:
+        seal = await self._io.run(self._seal.read)
+        mark = partial(self._folder.journal.set_indexed_through, blocks, seal=seal)
+        await self._history.call(mark)
+        self._indexed = blocks
 
     async def close(self) -> None:
         """Close the index."""
@@ -119,12 +134,11 @@ class Writer:
 
     async def rows(self) -> None:
         """Send the rows of the oldest segment that is not in the index."""
-        manifest = next(m for m in self._storage.segments() if m.end_block > self.indexed)
-        rows = await self._rows(manifest)
+        # opened first: an index that was not as it was written begins anew
         index = await self.index()
-        await index.add(rows)
-        await self._history.call(self._folder.journal.set_indexed_through, manifest.end_block)
-        self._indexed = manifest.end_block
+        manifest = next(m for m in self._storage.segments() if m.end_block > self.indexed)
+        await index.add(await self._rows(manifest))
+        await self._mark_indexed(manifest.end_block)
 
     async def snapshot(self, snapshot: Snapshot) -> None:
         """Keep a snapshot, and let go of older ones, and of blocks that nobody can ask for any more."""
@@ -139,6 +153,7 @@ class Writer:
             self._storage.drop_before(first_block)
             if self._index is not None:
                 await self._index.drop_before(first_block)
+                await self._mark_indexed(self._indexed)
         await self._delete(gone)
 
     async def start_over(self) -> None:

@@ -167,7 +167,18 @@ class Journal(Protocol):
         """Blocks [0, indexed_through) are in the index."""
         ...
 
-    def set_indexed_through(self, blocks: int) -> None: ...
+    @property
+    def index_seal(self) -> str:
+        """Hash of the index's files as they were when the mark was set last; "" where there were none."""
+        ...
+
+    def set_indexed_through(self, blocks: int, *, seal: str) -> None:
+        """Set the mark and the hash of the index's files, both or neither.
+
+        Raises:
+            ConfigError: the mark is past the blocks in segments.
+        """
+        ...
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
         """Replaces a record of the same name."""

@@ -179,9 +179,13 @@ class FaultyJournal:
         self._write("drop_before")
         return self.inner.drop_before(block)
 
-    def set_indexed_through(self, blocks: int) -> None:
+    @property
+    def index_seal(self) -> str:
+        return self.inner.index_seal
+
+    def set_indexed_through(self, blocks: int, *, seal: str) -> None:
         self._write("set_indexed_through")
-        self.inner.set_indexed_through(blocks)
+        self.inner.set_indexed_through(blocks, seal=seal)
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
         self._write("add_snapshot")

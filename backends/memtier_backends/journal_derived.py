@@ -15,6 +15,7 @@ from memtier_backends.records import SegmentManifest, SnapshotRecord
 __all__ = ["DerivedRecords"]
 
 FIRST_BLOCK = "first_block"
+INDEX_SEAL = "index_seal"
 
 
 class DerivedRecords:
@@ -104,11 +105,17 @@ class DerivedRecords:
 
     # -- the index
 
-    def set_indexed_through(self, blocks: int) -> None:
+    @property
+    def index_seal(self) -> str:
+        found = self._rows.records("meta", INDEX_SEAL)
+        return found[0] if found else ""
+
+    def set_indexed_through(self, blocks: int, seal: str) -> None:
         stored = self.next_block
         if not 0 <= blocks <= stored:
             raise ConfigError(f"the index mark is {blocks}; it must be in [0, {stored}], the blocks in segments.")
         self._rows.put_head(replace(self._rows.head(), indexed_through=int(blocks)))
+        self._rows.put_record("meta", INDEX_SEAL, 0, seal)
 
     # -- dropping
 

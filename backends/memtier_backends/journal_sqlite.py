@@ -220,9 +220,14 @@ class SqliteJournal:
         with self._file.reading("read the index mark"):
             return self._rows.head().indexed_through
 
-    def set_indexed_through(self, blocks: int) -> None:
+    @property
+    def index_seal(self) -> str:
+        with self._file.reading("read the hash of the index"):
+            return self._derived.index_seal
+
+    def set_indexed_through(self, blocks: int, *, seal: str) -> None:
         with self._file.transaction("set the index mark"):
-            self._derived.set_indexed_through(blocks)
+            self._derived.set_indexed_through(blocks, seal)
 
     def add_snapshot(self, record: SnapshotRecord) -> None:
         with self._file.transaction(f"add snapshot {record.name}"):

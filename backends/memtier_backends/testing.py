@@ -13,6 +13,7 @@ One long file, so that what a new adapter must do is read and imported in one pl
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ __all__ = [
     "JournalSuite",
     "SegmentStoreSuite",
     "begin_turn",
+    "damage_file",
     "make_payloads",
     "make_rows",
 ]
@@ -45,18 +47,18 @@ BLOCK_TOKENS, KV_HEADS, HEAD_SIZE = 4, 2, 3
 
 def make_payloads(first_block: int, blocks: int, *, layers: int = 2, seed: int = 0) -> list[BlockPayload]:
     """Consecutive float16 blocks of random numbers."""
-    random = np.random.default_rng([seed, first_block])
+    numbers = np.random.default_rng([seed, first_block])
 
     def payload(block: int) -> BlockPayload:
         shape = (2, BLOCK_TOKENS, KV_HEADS, HEAD_SIZE)
-        kv = [random.standard_normal(shape).astype("<f2") for _ in range(layers)]
+        kv = [numbers.standard_normal(shape).astype("<f2") for _ in range(layers)]
         return BlockPayload(
             block=block,
             start=block * BLOCK_TOKENS,
             end=(block + 1) * BLOCK_TOKENS,
             kv=tuple(RawArray("F16", shape, array.tobytes()) for array in kv),
             landmarks=tuple(array[0].mean(axis=0, dtype=np.float32).reshape(-1) for array in kv),
-            innovation=random.random(BLOCK_TOKENS, dtype=np.float32),
+            innovation=numbers.random(BLOCK_TOKENS, dtype=np.float32),
         )
 
     return [payload(block) for block in range(first_block, first_block + blocks)]
@@ -86,6 +88,25 @@ def begin_turn(journal: Journal, role: str = "user", source: str | None = None) 
     return journal.begin_turn(
         role=role, source=source, metadata={"n": 1}, created_at=12.5, retrieval="on", span_blocks=4
     )
+
+
+def damage_file(choose: random.Random, path: Path) -> str:
+    """Flip a bit of a file, cut it, or tear a sector of it; what was done."""
+    data = bytearray(path.read_bytes())
+    how = choose.choice(["flip", "flip", "cut", "zeros", "twice"])
+    at = choose.randrange(len(data))
+    if how == "flip":
+        data[at] ^= 1 << choose.randrange(8)
+    elif how == "cut":
+        del data[at:]
+    elif how == "zeros":
+        data[at // 512 * 512 : at // 512 * 512 + 512] = bytes(min(512, len(data) - at // 512 * 512))
+    else:
+        # a sector that another one of the file was written over
+        other = choose.randrange(len(data)) // 512 * 512
+        data[at // 512 * 512 : at // 512 * 512 + 512] = data[other : other + 512]
+    path.write_bytes(data)
+    return f"{how} at {at} of {path.name}"
 
 
 class JournalSuite:
@@ -254,9 +275,10 @@ class JournalSuite:
         self._with_segments(journal)
         for blocks in (-1, 7):
             with pytest.raises(ConfigError, match=r"\[0, 6\]"):
-                journal.set_indexed_through(blocks)
-        journal.set_indexed_through(0)
-        assert journal.indexed_through == 0
+                journal.set_indexed_through(blocks, seal="abc")
+        assert (journal.indexed_through, journal.index_seal) == (5, "as written")
+        journal.set_indexed_through(0, seal="")
+        assert (journal.indexed_through, journal.index_seal) == (0, "")
 
     def test_one_segment_stands_for_several_and_may_be_told_so_twice(self, journal: Journal, path: Path) -> None:
         first, second, third = self._with_segments(journal)
@@ -324,7 +346,7 @@ class JournalSuite:
 
     def test_numpy_integers_are_integers(self, journal: Journal, path: Path) -> None:
         self._with_segments(journal)
-        journal.set_indexed_through(np.int64(3))  # pyright: ignore[reportArgumentType]
+        journal.set_indexed_through(np.int64(3), seal="")  # pyright: ignore[reportArgumentType]
         journal.rollback(np.int64(20), "test")  # pyright: ignore[reportArgumentType]
         journal.close()
         again = self.open(path)
@@ -407,7 +429,7 @@ class JournalSuite:
         manifests = [pack_segment(make_payloads(first, blocks))[1] for first, blocks in ((0, 3), (3, 2), (5, 1))]
         for manifest in manifests:
             journal.add_segment(manifest)
-        journal.set_indexed_through(5)
+        journal.set_indexed_through(5, seal="as written")
         journal.add_snapshot(SnapshotRecord(24, "new", 1, "x", 0))
         journal.add_snapshot(SnapshotRecord(4, "old", 1, "x", 0))
         return manifests

@@ -143,7 +143,7 @@ def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_
             for key, value in meta.items():
                 copy.set_meta(key, value)
             if not with_index:
-                copy.set_indexed_through(0)
+                copy.set_indexed_through(0, seal="")
         finally:
             copy.close()
         with storage_errors(f"copy the session to {target}"):

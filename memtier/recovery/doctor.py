@@ -20,6 +20,7 @@ from memtier.recovery.reports import Finding, SessionHealth
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import SegmentStore
 from memtier_backends.files import flush_folder, storage_errors
+from memtier_backends.folder_seal import FolderSeal
 from memtier_backends.journal_salvage import salvage
 from memtier_backends.layout import SessionPaths
 from memtier_backends.segments import verify_segment
@@ -214,14 +215,17 @@ class _Examination:
     # -- the index
 
     async def index(self, session: SessionFolder, run: Run, full: bool) -> None:
-        """Whether it opens and has the rows that the journal says; with `full`, whether each is what was written."""
-        segments, indexed = await run(lambda: (session.journal.segments(), session.journal.indexed_through))
+        """Whether it opens and has the rows that the journal says; with `full`, whether all is what was written."""
+        journal = session.journal
+        segments, indexed, seal = await run(lambda: (journal.segments(), journal.indexed_through, journal.index_seal))
         if not segments or not self.paths.index.is_dir():
             if indexed:
                 self.find("index", "is missing; it is made again when the session is used", harm=False)
                 await self._drop_index(session, run)
             return
         try:
+            if full and indexed and await run(FolderSeal(self.paths.index).read) != seal:
+                raise CorruptMemoryError("its files are not as they were written")
             # the index has one vector a layer: the mean of a landmark's keys, (G * D,)
             sizes = [layer.shape[2] * layer.shape[3] for layer in segments[0].layers]
             index = await session.backends.index(self.paths.index, sizes)

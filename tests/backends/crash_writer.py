@@ -70,7 +70,7 @@ async def write(folder: Path, kill_at: int, with_index: bool) -> None:
         first = journal.indexed_through
         texts = [f"text of block {block}" for block in range(first, sealed)]
         await index.add(make_rows(texts, first_block=first, layers=LAYERS))
-        journal.set_indexed_through(sealed)
+        journal.set_indexed_through(sealed, seal="")
         if sealed % 16 == 0:
             journal.checkpoint()
     await index.close()

@@ -1,4 +1,7 @@
-"""Torn writes and flipped bits, 200 of them in every class of file: what is read is what was written, or an error."""
+"""Torn writes and flipped bits, 200 over the classes of files: what is read is what was written, or an error.
+
+The index has trials of its own: tests/runtime/test_index_damage.py.
+"""
 
 import random
 import shutil
@@ -16,7 +19,7 @@ from memtier_backends.records import RawArray, SnapshotRecord
 from memtier_backends.segment_store import FileSegmentStore
 from memtier_backends.segments import pack_segment, read_innovation, read_kv, read_landmarks
 from memtier_backends.tensors import content_hash, pack_tensors, unpack_tensors
-from memtier_backends.testing import BLOCK_TOKENS, begin_turn, make_payloads
+from memtier_backends.testing import BLOCK_TOKENS, begin_turn, damage_file, make_payloads
 
 TRIALS = 200
 CLASSES = ["journal.sqlite3", "journal.sqlite3-wal", "segments", "snapshots"]
@@ -112,24 +115,6 @@ def _state(snapshots: FileSegmentStore, record: SnapshotRecord) -> bytes:
     return bytes(arrays["state"].data)
 
 
-def damage(choose: random.Random, path: Path) -> str:
-    data = bytearray(path.read_bytes())
-    how = choose.choice(["flip", "flip", "cut", "zeros", "twice"])
-    at = choose.randrange(len(data))
-    if how == "flip":
-        data[at] ^= 1 << choose.randrange(8)
-    elif how == "cut":
-        del data[at:]
-    elif how == "zeros":
-        data[at // 512 * 512 : at // 512 * 512 + 512] = bytes(min(512, len(data) - at // 512 * 512))
-    else:
-        # a sector that another one of the file was written over
-        other = choose.randrange(len(data)) // 512 * 512
-        data[at // 512 * 512 : at // 512 * 512 + 512] = data[other : other + 512]
-    path.write_bytes(data)
-    return f"{how} at {at} of {path.name}"
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_no_damage_is_read_in_silence(stored: Stored, tmp_path: Path, kind: str) -> None:
@@ -139,7 +124,7 @@ def test_no_damage_is_read_in_silence(stored: Stored, tmp_path: Path, kind: str)
         folder = tmp_path / str(number)
         shutil.copytree(stored.folder, folder)
         target = folder / kind
-        how = damage(choose, choose.choice(sorted(target.iterdir())) if target.is_dir() else target)
+        how = damage_file(choose, choose.choice(sorted(target.iterdir())) if target.is_dir() else target)
         paths = SessionPaths(folder)
         try:
             journal = SqliteJournal.open(paths.journal)

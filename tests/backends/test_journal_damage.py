@@ -36,7 +36,7 @@ def path(tmp_path: Path) -> Path:
     journal.rollback(230, "test")
     _, manifest = pack_segment(make_payloads(0, 5))
     journal.add_segment(manifest)
-    journal.set_indexed_through(3)
+    journal.set_indexed_through(3, seal="abc")
     journal.add_snapshot(SnapshotRecord(100, "a", 5, "x", 0))
     journal.close()
     return path

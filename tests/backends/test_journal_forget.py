@@ -101,7 +101,7 @@ def test_what_is_derived_goes_from_where_it_is_told(tmp_path: Path) -> None:
     journal = told(tmp_path)
     for first, blocks in ((0, 3), (3, 2), (5, 10)):
         journal.add_segment(pack_segment(make_payloads(first, blocks))[1])
-    journal.set_indexed_through(15)
+    journal.set_indexed_through(15, seal="abc")
     journal.add_snapshot(SnapshotRecord(20, "before", 1, "x", 5))
     journal.add_snapshot(SnapshotRecord(40, "within", 1, "x", 7))
     journal.forget(30, 35, derived_to=20, meta={})

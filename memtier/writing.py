@@ -92,6 +92,10 @@ class Writer:
         if await index.count(first) < self.indexed - first:
             log.warning("session %r: the index has lost rows and is made again from the segments", self._name)
             await self._mark_indexed(0)
+        elif await index.count(self._indexed):
+            # rows of blocks that the journal has let go since; others may come in their place
+            await index.drop_from(self._indexed)
+            await self._mark_indexed(self._indexed)
         return index
 
     async def _mark_indexed(self, blocks: int) -> None:

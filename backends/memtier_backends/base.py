@@ -79,13 +79,19 @@ class Journal(Protocol):
         retrieval: str,
         span_blocks: int,
         retained_from: int = 0,
+        turn: int | None = None,
+        forgotten: Sequence[tuple[int, int]] = (),
     ) -> int:
         """Begin a turn and return its number. It is listed by `turns` once it holds tokens.
 
         `retrieval`, `span_blocks` and `retained_from` say how its tokens are read: see `TurnRecord`.
 
+        Args:
+            turn: its number, where a session is written anew; by default the one after the newest.
+            forgotten: what was forgotten of it before: ranges as in `TurnRecord.forgotten`.
+
         Raises:
-            ConfigError: `metadata` is not JSON.
+            ConfigError: `metadata` is not JSON, `turn` is not above the newest, or `forgotten` are no ranges in order.
         """
         ...
 

@@ -121,6 +121,8 @@ class FaultyJournal:
         retrieval: str,
         span_blocks: int,
         retained_from: int = 0,
+        turn: int | None = None,
+        forgotten: Sequence[tuple[int, int]] = (),
     ) -> int:
         self._write("begin_turn")
         return self.inner.begin_turn(
@@ -131,6 +133,8 @@ class FaultyJournal:
             retrieval=retrieval,
             span_blocks=span_blocks,
             retained_from=retained_from,
+            turn=turn,
+            forgotten=forgotten,
         )
 
     def commit(

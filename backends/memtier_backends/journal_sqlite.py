@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ class SqliteJournal:
         retrieval: str,
         span_blocks: int,
         retained_from: int = 0,
+        turn: int | None = None,
+        forgotten: Sequence[tuple[int, int]] = (),
     ) -> int:
         about = {
             "role": role,
@@ -96,10 +99,17 @@ class SqliteJournal:
             "retrieval": retrieval,
             "span_blocks": span_blocks,
         }
-        body = to_json(about | ({"retained_from": int(retained_from)} if retained_from else {}))
+        if retained_from:
+            about["retained_from"] = int(retained_from)
+        if forgotten:
+            about["forgotten"] = _ranges(forgotten)
+        body = to_json(about)
         with self._file.transaction("begin a turn"):
             head = self._rows.head()
-            head = replace(head, turn=head.turn + 1)
+            number = head.turn + 1 if turn is None else int(turn)
+            if number <= head.turn:
+                raise ConfigError(f"turn is {number}; the newest is {head.turn}, and a new one has a higher number.")
+            head = replace(head, turn=number)
             self._rows.append(head, "turn", head.position, head.position, body.encode())
         self._piece_start = head.position
         return head.turn
@@ -308,6 +318,15 @@ class SqliteJournal:
             "SELECT MAX(start) FROM entries WHERE kind = 'tokens' AND live > 0 AND start <= ?", (position,)
         ).fetchone()
         return start or 0
+
+
+def _ranges(forgotten: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """As an entry keeps them: in order, with something that was not forgotten between two of them."""
+    ranges = [(int(first), int(last)) for first, last in forgotten]
+    edges = [-1, *(edge for pair in ranges for edge in pair)]
+    if any(edge >= after for edge, after in pairwise(edges)):
+        raise ConfigError(f"forgotten is {ranges}; it must be ranges [first, last) in order that do not touch.")
+    return ranges
 
 
 def _token_ids(tokens: NDArray[np.integer] | Sequence[int]) -> NDArray[np.int32]:

@@ -344,6 +344,34 @@ class JournalSuite:
         journal.forget(1, 3, derived_to=0, meta={})
         assert [turn.retained_from for turn in journal.turns()] == [0, 1]
 
+    def test_a_turn_may_be_begun_under_a_number_and_with_what_was_forgotten_of_it(
+        self, journal: Journal, path: Path
+    ) -> None:
+        about = {"source": None, "metadata": None, "created_at": 0.0, "retrieval": "on", "span_blocks": 4}
+        first = journal.begin_turn(role="user", **about, turn=5, forgotten=[(0, 2), (4, 7)])
+        assert first == 5
+        journal.commit(first, [1, 2, 3])
+        for number in (5, 4):
+            with pytest.raises(ConfigError, match="higher number"):
+                journal.begin_turn(role="user", **about, turn=number)
+        for wrong in ([(3, 3)], [(2, 1)], [(-1, 2)], [(0, 2), (2, 3)], [(4, 5), (0, 1)]):
+            with pytest.raises(ConfigError, match="in order"):
+                journal.begin_turn(role="user", **about, forgotten=wrong)
+        second = journal.begin_turn(role="user", **about)
+        assert second == 6
+        journal.commit(second, [4, 5])
+        journal.close()
+        again = self.open(path)
+        assert [(t.turn, t.start, t.end, t.forgotten) for t in again.turns()] == [
+            (5, 0, 3, ((0, 2), (4, 7))),
+            (6, 3, 5, ()),
+        ]
+        # what is forgotten next is told in places of the turn as it was said, and joins
+        again.forget(0, 2, derived_to=0, meta={})
+        assert [(t.turn, t.forgotten) for t in again.turns()] == [(5, ((0, 7),)), (6, ())]
+        again.verify()
+        again.close()
+
     def test_numpy_integers_are_integers(self, journal: Journal, path: Path) -> None:
         self._with_segments(journal)
         journal.set_indexed_through(np.int64(3), seal="")  # pyright: ignore[reportArgumentType]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import memtier
 from memtier.folder import Backends
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
+from memtier_backends.folder_seal import FolderSeal
 from memtier_backends.index_lance import LanceIndex
 from memtier_backends.layout import SessionPaths, session_folder
+from memtier_backends.records import IndexRow
 from memtier_backends.testing import damage_file
 
 pytestmark = pytest.mark.anyio
@@ -84,6 +87,32 @@ async def test_an_index_that_the_journal_does_not_know_is_made_again(runtime, tm
         await session.close()
         (health,) = await runtime.doctor(full=True)
         assert health.findings == ()
+
+
+async def test_rows_past_the_mark_are_of_no_block_that_there_is(runtime, tmp_path) -> None:
+    paths = SessionPaths(session_folder(tmp_path, "default", "a"))
+    async with runtime:
+        session = await runtime.session("a")
+        await session.observe(TEXT)
+        await session.flush()
+        storage, journal = session._parts.storage, session.folder.journal
+        indexed, sizes = journal.indexed_through, [storage.channels] * len(storage.layers)
+        index = await session.updater.index()
+        row = (await index.rows(indexed - 1, indexed)).to_pylist()[0]
+        stale = IndexRow(
+            indexed - 1, row["start"], row["end"], "xylophones", row["created_at"], None,
+            tuple(np.array(row[f"landmark_{layer}"], np.float32) for layer in range(len(sizes))),
+        )  # fmt: skip
+        await index.drop_from(indexed - 1)
+        await index.add([stale])
+        # the mark of a journal that was cut short, beside the index of the longer one
+        journal.set_indexed_through(indexed - 1, seal=FolderSeal(paths.index).read())
+        await session.close()
+        session = await runtime.session("a")
+        assert await session.recall("xylophones") == []
+        assert (await session.recall(NAMES[-1], k=1))[0].text
+        assert session.folder.journal.indexed_through == indexed
+        assert await (await session.updater.index()).count() == indexed
 
 
 async def test_to_look_and_to_search_change_no_file_of_an_index(runtime, tmp_path) -> None:

@@ -33,7 +33,7 @@ from memtier.cli_options import (
     Threads,
     kept_or_temporary,
 )
-from memtier.cli_session import copy_of_session, existing_session
+from memtier.cli_session import copy_of_session, existing_session, opened
 from memtier.cli_train import train
 from memtier.errors import ConfigError, MemtierError, StorageFullError
 
@@ -131,7 +131,7 @@ def stream(
 
     total = check_utf8(file)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime, progress() as on_progress:
-        reader = runtime.session(session or file.stem, adapter=adapter)
+        reader = opened(runtime, session or file.stem, adapter)
         read = reader.observe(
             _pieces(file, lambda done: on_progress("streaming", done, total)), role=role, source=source or str(file)
         )
@@ -169,7 +169,7 @@ def chat(
     from memtier.console import emit_json
 
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        talker = runtime.session(session, adapter=adapter)
+        talker = opened(runtime, session, adapter)
         for line in _lines(f"{session}> "):
             choices = {"temperature": temperature, "top_p": top_p, "seed": seed, "retrieval": retrieval}
             if talker.has_chat_template:

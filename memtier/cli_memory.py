@@ -89,9 +89,11 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Go back to a checkpoint. What came after it is gone, unless it is in another checkpoint or in a fork."""
-    with existing_session(store, tenant, session, model, adapter, device) as kept:
+    from memtier.console import reading_again
+
+    with existing_session(store, tenant, session, model, adapter, device) as kept, reading_again() as on_progress:
         before = kept.position
-        kept.restore(name)
+        kept.restore(name, on_progress=on_progress)
         position = kept.position
     _tell({"session": session, "checkpoint": name, "was_at": before, "position": position}, as_json)
 
@@ -151,16 +153,16 @@ def forget(
     as_json: Json = False,
 ) -> None:
     """Forget a passage for good: it leaves every tier, every checkpoint and every fork; later tokens move down."""
-    from memtier.console import emit_json, show_values
+    from memtier.console import emit_json, reading_again, show_values
 
-    with existing_session(store, tenant, session, model, adapter, device) as kept:
+    with existing_session(store, tenant, session, model, adapter, device) as kept, reading_again() as on_progress:
         hit = None
         if text is not None:
             hits = kept.recall(text, k=1)
             if not hits:
                 raise SessionError(f"nothing in session {session!r} matches {text!r}; nothing was forgotten.")
             (hit,) = hits
-        report = kept.forget(hit, start=start, end=end, turn=turn, forks=forks, verify=verify)
+        report = kept.forget(hit, start=start, end=end, turn=turn, forks=forks, verify=verify, on_progress=on_progress)
     forgotten = {"session": session, "text": None if hit is None else hit.text, **report.model_dump(mode="json")}
     emit_json(forgotten) if as_json else show_values(f"forgotten in {session}", forgotten)
     if report.proof is not None and not report.proof.proven:
@@ -240,8 +242,13 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a session of an exported file. Nothing in the file is trusted."""
-    with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        made = runtime.import_session(file, session, adapter=adapter)
+    from memtier.console import reading_again
+
+    with (
+        memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime,
+        reading_again() as on_progress,
+    ):
+        made = runtime.import_session(file, session, adapter=adapter, on_progress=on_progress)
         told = {"session": made.id, "file": str(file), "position": made.position}
     _tell(told, as_json)
 

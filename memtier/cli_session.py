@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING
 import memtier
 
 if TYPE_CHECKING:
-    from memtier.sync import SyncSession
+    from memtier.sync import SyncRuntime, SyncSession
 
-__all__ = ["copy_of_session", "existing_session"]
+__all__ = ["copy_of_session", "existing_session", "opened"]
+
+
+def opened(runtime: SyncRuntime, session: str, adapter: Path | None) -> SyncSession:
+    """A session of the runtime, with a bar while its tokens are read again, as after a crash."""
+    from memtier.console import reading_again
+
+    with reading_again() as on_progress:
+        return runtime.session(session, adapter=adapter, on_progress=on_progress)
 
 
 @contextmanager
@@ -24,7 +32,7 @@ def existing_session(
 
     require_session(store, tenant, session)
     with memtier.open_sync(store, model=model, tenant=tenant, device=device) as runtime:
-        yield runtime.session(session, adapter=adapter)
+        yield opened(runtime, session, adapter)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "emit_json",
     "progress",
+    "reading_again",
     "show_checkpoints",
     "show_demo",
     "show_health",
@@ -46,15 +47,29 @@ def progress() -> Iterator[OnProgress]:
     """A bar for each stage on standard error, where that is a terminal; call it with (stage, done, total)."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:>16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bars:
-        tasks: dict[str, TaskID] = {}
+    bars = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    tasks: dict[str, TaskID] = {}
 
-        def update(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage)
-            bars.update(tasks[stage], completed=done, total=max(done, total))
+    def update(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            # not before: what has no stage to tell of leaves no empty line
+            bars.start()
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage)
+        bars.update(tasks[stage], completed=done, total=max(done, total))
 
+    try:
         yield update
+    finally:
+        if tasks:
+            bars.stop()
+
+
+@contextmanager
+def reading_again() -> Iterator[Callable[[int, int | None], None]]:
+    """A bar on standard error for tokens that a session reads again, if there are any: give it as `on_progress`."""
+    with progress() as on_progress:
+        yield lambda done, total: on_progress("reading again", done, total or done)
 
 
 def size(count: float) -> str:

@@ -18,6 +18,7 @@ from memtier.models.adapters import Adapter
 from memtier.parts import Shared
 from memtier.recovery.portable import import_session
 from memtier.recovery.reread import reread as give_to
+from memtier.replay import Progress
 from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import shielded
@@ -48,7 +49,9 @@ class OpenSessions:
         """In the order they were opened."""
         return list(self._sessions.values())
 
-    async def open(self, session_id: str, adapter: str | Path | None, reread: bool) -> Session:
+    async def open(
+        self, session_id: str, adapter: str | Path | None, reread: bool, on_progress: Progress | None
+    ) -> Session:
         """See `Runtime.session`."""
         folder = self._folder(session_id)
         async with self._one_at_a_time(session_id):
@@ -60,13 +63,16 @@ class OpenSessions:
                             give_to, folder, shared.backends, self._identity(session_id), shared.weights,
                             shared.settings,
                         )  # fmt: skip
-                    session = self._sessions[session_id] = await self._opened(session_id, folder, shared)
+                    session = await self._opened(session_id, folder, shared, on_progress=on_progress)
+                    self._sessions[session_id] = session
             elif adapter is not None:
                 weights = session.timeline.reader.weights
                 await self._shared.model.run(weights.check_adapter, adapter, session_id)
         return session
 
-    async def take_in(self, path: Path, session_id: str, adapter: str | Path | None) -> Session:
+    async def take_in(
+        self, path: Path, session_id: str, adapter: str | Path | None, on_progress: Progress | None
+    ) -> Session:
         """See `Runtime.import_session`."""
         folder = self._folder(session_id)
         async with self._one_at_a_time(session_id):
@@ -75,7 +81,8 @@ class OpenSessions:
             async with self._place(adapter) as shared:
                 identity = self._identity(session_id)
                 await shared.journal.run(import_session, path, folder, identity, shared.weights, shared.settings)
-                session = self._sessions[session_id] = await self._opened(session_id, folder, shared)
+                session = await self._opened(session_id, folder, shared, on_progress=on_progress)
+                self._sessions[session_id] = session
         return session
 
     async def delete(self, session_id: str) -> list[str]:
@@ -139,13 +146,14 @@ class OpenSessions:
             raise
 
     async def _opened(
-        self, session_id: str, folder: Path, shared: Shared, landmarks: list[Held] | None = None
-    ) -> Session:
+        self, session_id: str, folder: Path, shared: Shared, landmarks: list[Held] | None = None, *,
+        on_progress: Progress | None = None,
+    ) -> Session:  # fmt: skip
         opened = await shared.open_folder(session_id, folder)
         try:
             parts = await shared.assemble(session_id, opened, landmarks)
             try:
-                await parts.timeline.catch_up()
+                await parts.timeline.catch_up(on_progress)
             except BaseException:
                 with anyio.CancelScope(shield=True):
                     await shared.take_apart(parts)

@@ -27,6 +27,7 @@ from memtier.reader import STEP_TOKENS
 from memtier.recovery.doctor import examine
 from memtier.recovery.portable import exported_id
 from memtier.recovery.reports import SessionHealth
+from memtier.replay import Progress
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
@@ -137,7 +138,10 @@ class Runtime:
         if failures and error is None:
             raise failures[0]
 
-    async def session(self, session_id: str, *, adapter: str | Path | None = None, reread: bool = False) -> Session:
+    async def session(
+        self, session_id: str, *, adapter: str | Path | None = None, reread: bool = False,
+        on_progress: Progress | None = None,
+    ) -> Session:  # fmt: skip
         """The session of that id: a new one, or the one that was, as far as its journal goes.
 
         Asked twice, the same object.
@@ -148,6 +152,8 @@ class Runtime:
                 reads with; None for the model alone. It is loaded once for all its sessions, and let go with the last.
             reread: if another model or other sizes wrote it, give it to this model: its text is read again, which
                 takes as long as reading it did. Checkpoints stay with the model that wrote them.
+            on_progress: called, where tokens must be read again (after a crash, a forget that was cut off, with
+                `reread`), after each step with how many were and the total.
 
         Raises:
             ConfigError: an id that cannot be one; no adapter, or one of another model.
@@ -158,7 +164,7 @@ class Runtime:
             CorruptMemoryError: its files are damaged.
         """
         self._check_open()
-        return await self._sessions.open(session_id, adapter, reread)
+        return await self._sessions.open(session_id, adapter, reread, on_progress)
 
     async def sessions(self) -> list[SessionInfo]:
         """Every session of this tenant in the store, open or not."""
@@ -167,14 +173,16 @@ class Runtime:
         return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
 
     async def import_session(
-        self, path: str | Path, session_id: str | None = None, *, adapter: str | Path | None = None
-    ) -> Session:
+        self, path: str | Path, session_id: str | None = None, *, adapter: str | Path | None = None,
+        on_progress: Progress | None = None,
+    ) -> Session:  # fmt: skip
         """A session of a file that `Session.export` wrote, opened.
 
         Args:
             path: the file; nothing in it is trusted.
             session_id: None for the id that it had.
             adapter: folder of the adapter that wrote it; see `session`.
+            on_progress: as in `session`.
 
         Raises:
             SessionError: there is such a session, no such file, or too many are open.
@@ -185,7 +193,7 @@ class Runtime:
         path = Path(path)
         if session_id is None:
             session_id = await self._journal_thread.run(exported_id, path)
-        return await self._sessions.take_in(path, session_id, adapter)
+        return await self._sessions.take_in(path, session_id, adapter, on_progress)
 
     async def delete_session(self, session_id: str) -> list[str]:
         """Close a session if it is open, and remove all that is on disk of it, checkpoints included.

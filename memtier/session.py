@@ -31,6 +31,7 @@ from memtier.recall import find
 from memtier.recovery.copies import checkpoints, drop_checkpoint, make_checkpoint, restore_checkpoint
 from memtier.recovery.portable import export_session
 from memtier.recovery.reports import CheckpointInfo, ForgetReport
+from memtier.replay import Progress
 from memtier.reports import (
     BlockContent,
     MemoryReport,
@@ -42,8 +43,6 @@ from memtier.text import check_text
 from memtier_backends.records import TurnRecord
 
 __all__ = ["Session"]
-
-Progress = Callable[[int, int | None], None]
 
 
 class Session(OpenSession):
@@ -308,10 +307,13 @@ class Session(OpenSession):
         self._check_open()
         return await self._shared.journal.run(checkpoints, self.folder.paths)
 
-    async def restore(self, name: str) -> None:
+    async def restore(self, name: str, *, on_progress: Progress | None = None) -> None:
         """Go back to a checkpoint, which stays: the session then is what it was, to the bit.
 
         What came after it is gone, unless it is in another checkpoint or in a fork.
+
+        Args:
+            on_progress: called, where tokens must be read again, after each step with how many were and the total.
 
         Raises:
             SessionError: there is no such checkpoint.
@@ -320,7 +322,7 @@ class Session(OpenSession):
         async with self.exclusive(None, catch_up=False):
             async with self.offline() as folder:
                 await self._shared.journal.run(restore_checkpoint, folder, name)
-            await self.timeline.catch_up()
+            await self.timeline.catch_up(on_progress)
 
     async def drop_checkpoint(self, name: str) -> None:
         """Remove a checkpoint. Raises SessionError if there is none of that name."""
@@ -351,7 +353,7 @@ class Session(OpenSession):
 
     async def forget(
         self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None,
-        turn: int | None = None, forks: bool = True, verify: bool = False,
+        turn: int | None = None, forks: bool = True, verify: bool = False, on_progress: Progress | None = None,
     ) -> ForgetReport:  # fmt: skip
         """Forget a passage for good: afterwards the session is one that never saw it. Later positions move down.
 
@@ -365,6 +367,7 @@ class Session(OpenSession):
             turn: a turn of `history`, by number.
             forks: forget it in the forks too; False leaves them, and `still_held_by` names them.
             verify: look for its bytes in the raw files, before and after, and report a proof.
+            on_progress: called after each step of reading again with the tokens read and the total.
 
         Raises:
             ConfigError: not exactly one of the three, or no tokens of this session.
@@ -373,7 +376,8 @@ class Session(OpenSession):
             StorageError: it was cut off; the session is closed, and the next open goes on with it.
         """
         self._check_open()
-        return await self._forgetter.forget(self, Wanted(hit, start, end, turn), forks=forks, verify=verify)
+        wanted = Wanted(hit, start, end, turn)
+        return await self._forgetter.forget(self, wanted, forks=forks, verify=verify, on_progress=on_progress)
 
     async def close(self) -> None:
         """Keep a snapshot, write what waits, and free the session. Harmless when closed already.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -17,21 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier.batching import Choose, DecodeBatcher
-from memtier.blocks import RetrievalMode
 from memtier.errors import IncompatibleMemoryError, MemtierError, ModelError, StorageError
 from memtier.history import History
-from memtier.reader import STEP_TOKENS, Manner, Reader, StepResult
+from memtier.reader import Manner, Reader, StepResult
+from memtier.replay import Progress, Replay
 from memtier.retention import Retention
 from memtier.threads import WorkerThread, shielded
 from memtier.updater import Updater
 from memtier_backends.base import SegmentStore
-from memtier_backends.records import SnapshotRecord, TurnRecord
+from memtier_backends.records import SnapshotRecord
 
 __all__ = ["Timeline"]
 
 log = logging.getLogger("memtier")
-
-REPLAY_TOKENS = 32 * STEP_TOKENS  # read back from the journal at a time
 
 
 class Timeline:
@@ -66,6 +64,7 @@ class Timeline:
         self._io = io
         self._snapshots = snapshots
         self._snapshot_every = snapshot_every_tokens
+        self._replay = Replay(name, history, updater, model, snapshot_every_tokens)
         self._retention = retention
         self._decode = decode
         self.retained_from = retained_from  # of the newest turn: see `Manner`
@@ -90,8 +89,11 @@ class Timeline:
 
     # -- what the journal holds, read
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, on_progress: Progress | None = None) -> None:
         """Make the reader what the journal says.
+
+        Args:
+            on_progress: told after each step how many tokens were read again, and of how many.
 
         Raises:
             ModelError: the model refuses tokens that it once read.
@@ -99,33 +101,11 @@ class Timeline:
         """
         if self.reader.cache is None:
             await self._restore()
-        await self.replay(self.reader, self._after)
+        await self._replay.read(self.reader, self._after, on_progress)
 
-    async def replay(self, reader: Reader, after: Callable[[StepResult], Awaitable[None]] | None = None) -> None:
-        """Let `reader` read the journal from its position on, each turn in the manner it was first read.
-
-        Args:
-            reader: the session's own, or one aside.
-            after: told of each step.
-        """
-        while reader.position < self.history.position:
-            start = reader.position
-            end = min(self.history.position, start + REPLAY_TOKENS)
-            tokens = await self.history.tokens(start, end)
-            marks = await self.history.marks(start, end)
-            turns = await self.history.turns(start, end)
-            for first, last, manner in _steps(turns, start, end, self._snapshot_every):
-                await self._updater.ready()
-                here = [mark for mark in marks if first <= mark < last]
-                step = partial(reader.step, tokens[first - start : last - start], manner, marks=here)
-                await shielded(self._replay_step(step, after))
-
-    async def _replay_step(
-        self, step: Callable[[], StepResult], after: Callable[[StepResult], Awaitable[None]] | None
-    ) -> None:
-        result = await self._model.run(step)
-        if after is not None:
-            await after(result)
+    async def replay(self, reader: Reader) -> None:
+        """Let a reader aside read the journal from its position on; see `Replay.read`."""
+        await self._replay.read(reader)
 
     async def _restore(self) -> None:
         """Begin from the newest snapshot that can be read, else from nothing."""
@@ -296,19 +276,6 @@ class Timeline:
         self._updater.offer(result.sealed)
         if self.snapshot_due:
             await self.snapshot()
-
-
-def _steps(turns: list[TurnRecord], start: int, end: int, snapshot_every: int) -> Iterator[tuple[int, int, Manner]]:
-    """Steps [first, last) that cover [start, end), none across two turns or over a snapshot's position."""
-    for turn in turns:
-        # the journal keeps what a turn was begun with, which was checked then
-        retrieval: RetrievalMode = turn.retrieval  # pyright: ignore[reportAssignmentType]
-        manner = Manner(retrieval, turn.span_blocks, turn.retained_from)
-        first = max(turn.start, start)
-        while first < min(turn.end, end):
-            last = min(first + STEP_TOKENS, turn.end, end, (first // snapshot_every + 1) * snapshot_every)
-            yield first, last, manner
-            first = last
 
 
 def _refused(error: Exception) -> MemtierError:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memtier import console
 from memtier.cli import main
 from memtier.testing import tiny_model
+from memtier.timeline import Timeline
 from memtier.training.tokenizer import write_byte_tokenizer
 
 TEXT = "The code for Bodiv is 4821. Nobody else knows it.\n" * 6
@@ -67,6 +70,38 @@ def test_forking_and_moving(run: Run) -> None:
     assert [s["id"] for s in run("sessions")["sessions"]] == ["a", "b"]
     assert [s["id"] for s in run("sessions", "--store", "elsewhere")["sessions"]] == ["c"]
     assert "4821" in run("recall", "c", "Bodiv", "--store", "elsewhere")["hits"][0]["text"]
+
+
+def test_reading_again_shows_a_bar_and_leaves_json_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    position = run("stream", "a.txt")["position"]
+    run("checkpoint", "a", "kept")
+    # as on a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    told: list[tuple[str, int, int]] = []
+    bar = console.progress
+
+    @contextmanager
+    def watched() -> Iterator[Callable[[str, int, int], None]]:
+        with bar() as update:
+
+            def tell(stage: str, done: int, total: int) -> None:
+                told.append((stage, done, total))
+                update(stage, done, total)
+
+            yield tell
+
+    monkeypatch.setattr(console, "progress", watched)
+    assert run("checkpoints", "a")["checkpoints"] and told == []
+
+    async def damaged(*_: Any) -> bool:
+        return False
+
+    monkeypatch.setattr(Timeline, "_load", damaged)
+    assert "4821" in run("recall", "a", "Bodiv")["hits"][0]["text"]
+    assert told[-1] == ("reading again", position, position)
+    told.clear()
+    assert run("restore", "a", "kept")["position"] == position
+    assert told[-1] == ("reading again", position, position)
 
 
 def test_history_lists_the_turns(run: Run) -> None:

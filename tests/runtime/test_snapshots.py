@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from memtier.testing import tiny_model
 from memtier.tiers.state import superseded
+from memtier.timeline import Timeline
 from memtier_backends.layout import SessionPaths, session_folder
 
 pytestmark = pytest.mark.anyio
@@ -94,6 +97,53 @@ async def test_a_snapshot_whose_blocks_are_not_on_disk_is_not_used(open_store, i
         assert session.timeline.restored_from <= lost.start + 20
         rest = (await session.observe(ids[200:], logits=True)).logits
     torch.testing.assert_close(rest, whole[200:], **EXACT)
+
+
+class Progress:
+    """What was told of reading again."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int | None]] = []
+
+    def __call__(self, done: int, total: int | None) -> None:
+        assert threading.current_thread() is threading.main_thread(), "where the event loop runs"
+        self.told.append((done, total))
+
+    def is_of(self, total: int) -> bool:
+        """True if the numbers ascend and end at `total`."""
+        done = [one for one, _ in self.told]
+        totals = {end for _, end in self.told}
+        return done == sorted(set(done)) and done[-1] == total and totals == {total}
+
+
+async def test_progress_is_told_of_tokens_that_are_read_again(open_store, ids, tmp_path, monkeypatch, caplog) -> None:
+    caplog.set_level("INFO", "memtier")
+    async with open_store(snapshot_every_tokens=STRIDE) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        await session.checkpoint("kept")
+        await session.export(tmp_path / "a.memtier")
+        await session.observe(ids[200:])
+        await session.flush()
+        await session.close_within(write=False)
+    monkeypatch.setattr("memtier.replay.TOLD_TOKENS", 100)
+    async with open_store(snapshot_every_tokens=STRIDE) as runtime:
+        opened, asked_again, restored, imported = Progress(), Progress(), Progress(), Progress()
+        session = await runtime.session("a", on_progress=opened)
+        assert opened.is_of(300 - 256)
+        assert "tokens again" not in caplog.text
+        await runtime.session("a", on_progress=asked_again)
+        assert not asked_again.told
+
+        async def damaged(*_) -> bool:
+            return False
+
+        monkeypatch.setattr(Timeline, "_load", damaged)
+        await session.restore("kept", on_progress=restored)
+        assert restored.is_of(200)
+        assert "session 'a': reading 200 tokens again, from token 0 on" in caplog.text
+        await runtime.import_session(tmp_path / "a.memtier", "b", on_progress=imported)
+        assert imported.is_of(200)
 
 
 async def test_no_segment_reaches_over_a_snapshot(open_store, ids) -> None:

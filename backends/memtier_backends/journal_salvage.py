@@ -14,6 +14,7 @@ from memtier_backends.journal_rows import Entry, Head, JournalRows, create
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.records import SegmentManifest
 from memtier_backends.sqlite_file import connect, sqlite_errors
+from memtier_backends.wal_check import check_log
 
 __all__ = ["salvage"]
 
@@ -32,6 +33,8 @@ def salvage(path: Path, target: Path) -> tuple[int, int | None]:
         entries = list(_readable(rows))
         records = list(_readable_records(rows))
         try:
+            # a damaged log may have held more than SQLite reads of it
+            check_log(path)
             said = rows.head().position
         except (CorruptMemoryError, sqlite3.Error):
             said = None

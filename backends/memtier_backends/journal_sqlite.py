@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtier.errors import ConfigError, SessionNotFoundError
+from memtier_backends.files import storage_errors
 from memtier_backends.journal_derived import DerivedRecords
 from memtier_backends.journal_file import JournalFile
 from memtier_backends.journal_forget import cut_out
@@ -24,6 +25,7 @@ from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
 from memtier_backends.journal_turns import read_turns
 from memtier_backends.records import SegmentManifest, SnapshotRecord, TurnRecord
 from memtier_backends.sqlite_file import connect, sqlite_errors
+from memtier_backends.wal_check import check_log
 
 __all__ = ["SqliteJournal"]
 
@@ -48,7 +50,8 @@ class SqliteJournal:
                     f"there is no journal at {path}. Check the store, the tenant and the session."
                 )
             create(path)
-        with sqlite_errors(path, "open the journal"):
+        check_log(path)
+        with storage_errors(f"open the journal {path}"), sqlite_errors(path, "open the journal"):
             connection = connect(path, read_only=read_only)
             if scratch:
                 connection.execute("PRAGMA synchronous=OFF")

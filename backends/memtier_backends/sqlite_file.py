@@ -46,7 +46,19 @@ def connect(path: Path, *, read_only: bool = False, wal: bool = True) -> sqlite3
 
     Deleted rows are overwritten (secure_delete), commits reach the device (synchronous=FULL), and on macOS the drive's
     cache is flushed too (fullfsync).
+
+    Args:
+        wal: it is a whole database with a write-ahead log; else a new file.
+
+    Raises:
+        CorruptMemoryError: the file is empty.
     """
+    if wal and path.stat().st_size == 0:
+        # SQLite would take it for a new file, and delete its log
+        raise CorruptMemoryError(
+            f"{path} is damaged: it is empty, and no journal ever was. Keep the file and its log, restore the "
+            "session's folder from a backup, or delete the session."
+        )
     mode = "ro" if read_only else "rw"
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",

@@ -147,6 +147,23 @@ def test_a_truncated_file_is_damage_and_not_a_new_session(path: Path, left: int)
         SqliteJournal.open(path)
 
 
+@pytest.mark.parametrize("read_only", [True, False], ids=["look", "owner"])
+def test_an_empty_file_is_damage_and_keeps_its_log(path: Path, read_only: bool) -> None:
+    journal = SqliteJournal.open(path)
+    journal.commit(begin_turn(journal), [1])
+    log = Path(f"{path}-wal")
+    kept = log.read_bytes()
+    journal.close()
+    path.write_bytes(b"")
+    log.write_bytes(kept)
+    with pytest.raises(CorruptMemoryError, match="it is empty"):
+        SqliteJournal.open(path, read_only=read_only)
+    assert log.read_bytes() == kept
+    log.unlink()
+    with pytest.raises(CorruptMemoryError, match="it is empty"):
+        SqliteJournal.open(path, read_only=read_only)
+
+
 def test_a_file_that_is_no_database_is_damage(path: Path) -> None:
     path.write_bytes(b"not a database, but long enough to look at" * 100)
     with pytest.raises(CorruptMemoryError, match="damaged"):

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import anyio
-import numpy as np
-from numpy.typing import NDArray
 
 from memtier.blocks import MemoryHit
-from memtier.errors import ConfigError, SessionError, StorageError, StorageFullError
+from memtier.errors import ConfigError, MemtierError, SessionError, SessionNotFoundError, StorageError, StorageFullError
 from memtier.folder import SessionFolder
 from memtier.parts import Shared
 from memtier.recovery import erasure
-from memtier.recovery.forget import Held, find_forks, forget_in, open_copy, parts_of
-from memtier.recovery.reports import ForgetReport
+from memtier.recovery.evidence import Evidence, collect
+from memtier.recovery.forget import begin, go_on, open_copy
+from memtier.recovery.holders import Held, Holders, Said, holders_of, said_in
+from memtier.recovery.quotations import quotations
+from memtier.recovery.reports import ErasureProof, ForgetReport
+from memtier.threads import WorkerThread
 from memtier.timeline import Timeline
 from memtier.updater import Updater
-from memtier_backends.layout import SessionPaths, session_folders
+from memtier_backends.layout import session_folders
 
 __all__ = ["Forgetter", "Wanted"]
 
-QUOTED_TOKENS = 16
-"""So many tokens of it in a row, somewhere else, are told as a quotation."""
+Progress = Callable[[int, int | None], None]
 
 
 class Forgettable(Protocol):
@@ -43,11 +47,12 @@ class Forgettable(Protocol):
     @property
     def updater(self) -> Updater: ...
 
+    @property
+    def closed(self) -> bool: ...
+
     def exclusive(self, line: None, *, catch_up: bool = True) -> AbstractAsyncContextManager[None]: ...
 
     def offline(self) -> AbstractAsyncContextManager[SessionFolder]: ...
-
-    async def abandon(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,21 @@ class Wanted:
         given = [self.hit is not None, self.start is not None or self.end is not None, self.turn is not None]
         if sum(given) != 1 or (given[1] and (self.start is None or self.end is None)):
             raise ConfigError("say what to forget: a hit of recall, or start= and end=, or turn=; exactly one of them.")
+        for name in (field.name for field in fields(self) if field.name != "hit"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, None if value is None else operator.index(value))
+            except TypeError as error:
+                raise ConfigError(f"{name} is {value!r}; it must be an integer.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The tokens [start, end). `keep_first`: position 0 holds a token that is no text, and stays."""
+
+    start: int
+    end: int
+    keep_first: bool
 
 
 class Forgetter:
@@ -78,47 +98,51 @@ class Forgetter:
         self._sessions: Mapping[str, Forgettable] = sessions
         self._lock = anyio.Lock()
 
-    async def forget(self, session: Forgettable, wanted: Wanted, *, forks: bool, verify: bool) -> ForgetReport:
+    async def forget(
+        self, session: Forgettable, wanted: Wanted, *, forks: bool, verify: bool, on_progress: Progress | None = None
+    ) -> ForgetReport:
         """See `Session.forget`."""
-        began, run = time.perf_counter(), self._shared.journal.run
+        began, decode = time.perf_counter(), self._shared.weights.codec.decode
         async with self._lock, session.exclusive(None):
-            start, end, keep_first = await self._span(session, wanted)
-            ids = await session.timeline.tokens(start, end)
-            held = await self._held(session, start, end)
-            forgetting = held if forks else []
-            proof = None
-            evidence = await self._evidence(session, start, end) if verify else None
-            folders = [session.folder.paths, *(SessionPaths(one.folder) for one in forgetting)]
-            if evidence is not None:
-                async with self._at_rest(session, forgetting):
-                    await run(erasure.control, evidence, folders)
-            names = await self._forget(session, forgetting, start, end, keep_first)
-            await session.timeline.catch_up()
-            restored_from = session.timeline.restored_from
-            if evidence is not None:
-                index = await session.updater.index()
-                async with self._at_rest(session, forgetting):
-                    await run(session.folder.journal.checkpoint)
-                    texts = (await index.rows(0, 2**62))["text"].to_pylist()
-                    proof = await run(erasure.prove, evidence, session.folder, folders, texts)
-            rest = await session.timeline.tokens(0, session.timeline.position)
-            quotations = await run(_quotations, ids, rest)
+            span = await self._span(session, wanted)
+            ids = await session.timeline.tokens(span.start, span.end)
+            text = decode(ids)
+            said = await self._shared.journal.run(said_in, session.folder.journal, [(span.start, span.end)])
+            with _thread_for_files() as files:
+                held, evidence = await self._forgotten(session, span, said, text, forks, verify, files)
+                with _told_as_done():
+                    await session.timeline.catch_up(on_progress)
+                restored_from = session.timeline.restored_from
+                rest = await session.timeline.tokens(0, session.timeline.position)
+                known = None if self._shared.weights.codec.tokenizer is None else decode
+                also_at = await files.run(quotations, ids, rest, known)
+                folders = self._folders(session, held.forks if forks else [])
+                proof = None
+                if evidence is not None:
+                    proof = await self._proof(session, evidence, folders, held, files)
+                put_aside = await files.run(_put_aside, folders)
+            names = [*held.checkpoints, *(name for one in held.forks if forks for name in one.checkpoints)]
+            ids_of_forks = tuple(one.session_id for one in held.forks)
             return ForgetReport(
-                start=start,
-                end=end,
-                tokens=end - start,
+                start=span.start,
+                end=span.end,
+                tokens=span.end - span.start,
                 position=session.timeline.position,
                 restored_from=restored_from,
                 replayed_tokens=session.timeline.position - restored_from,
-                forks=tuple(one.session_id for one in forgetting),
+                forks=ids_of_forks if forks else (),
                 checkpoints=tuple(names),
-                still_held_by=() if forks else tuple(one.session_id for one in held),
-                also_at=tuple(quotations),
+                still_held_by=() if forks else ids_of_forks,
+                also_at=tuple(also_at),
+                unreadable=tuple(map(str, held.unreadable)),
+                put_aside=tuple(map(str, put_aside)),
                 proof=proof,
                 seconds=time.perf_counter() - began,
             )
 
-    async def _span(self, session: Forgettable, wanted: Wanted) -> tuple[int, int, bool]:
+    # -- what
+
+    async def _span(self, session: Forgettable, wanted: Wanted) -> Span:
         history, codec = session.timeline.history, self._shared.weights.codec
         if wanted.turn is not None:
             turns = await history.turns(0, history.position)
@@ -148,100 +172,160 @@ class Forgetter:
         keep_first = first == [codec.bos_token_id]
         if keep_first and end == 1:
             raise ConfigError("token 0 begins the session and stands for nothing that was said: it stays.")
-        return max(start, int(keep_first)), end, keep_first
+        return Span(max(start, int(keep_first)), end, keep_first)
 
-    async def _held(self, session: Forgettable, start: int, end: int) -> list[Held]:
-        def look() -> list[Held]:
-            folder = session.folder
-            siblings = session_folders(self._shared.store, self._shared.tenant)
-            return find_forks(folder, siblings, parts_of(folder.journal, start, end))
+    def _holders(self, folder: SessionFolder, said: Said) -> Holders:
+        """On the journal thread: who holds it beside the session, those with an unfinished forget only if they do."""
+        found = holders_of(folder, session_folders(self._shared.store, self._shared.tenant), said)
+        return Holders(
+            [one for one in found.forks if one.ranges or one.checkpoints], found.checkpoints, found.unreadable
+        )
 
-        return await self._shared.journal.run(look)
+    # -- gone
 
-    async def _evidence(self, session: Forgettable, start: int, end: int) -> erasure.Evidence:
-        index = await session.updater.index()
-        del index  # opened, so that rows which it lost are written again
+    async def _forgotten(
+        self, session: Forgettable, span: Span, said: Said, text: str, forks: bool, verify: bool, files: WorkerThread
+    ) -> tuple[Holders, Evidence | None]:
+        """Take the span out of the session and of who else holds it: they, and what the files held before."""
+        while True:
+            held = await self._shared.journal.run(self._holders, session.folder, said)
+            going = held.forks if forks else []
+            for one in going:
+                if one.cut_off:
+                    raise SessionError(
+                        f"session {one.session_id!r} holds some of it, too, and has a forget that was cut off: open "
+                        f"that session first, which goes on with it, then call again. Nothing was changed."
+                    )
+            evidence = await self._evidence(session, said, text, going, files) if verify else None
+            held = await self._take_out(session, span, said, going, wide=forks)
+            if held is not None:
+                return held, evidence
+
+    async def _take_out(
+        self, session: Forgettable, span: Span, said: Said, going: list[Held], *, wide: bool
+    ) -> Holders | None:
+        """Forget it on disk, nobody using any of these files. Returns who held it; None if others do by now than were
+        known, and nothing was done.
+        """
+        shared = self._shared
+        try:
+            async with AsyncExitStack() as stack:
+                opened = [await self._offline(stack, one) for one in going]
+                folder = await stack.enter_async_context(session.offline())
+
+                def forget() -> Holders | None:
+                    # nobody can copy from one that is locked, so whoever holds it now is known
+                    held = self._holders(folder, said)
+                    if wide and {one.folder for one in held.forks} - {one.folder for one in going}:
+                        return None
+                    forks = [fork for fork in opened if fork is not None]
+                    self._with_reserve(
+                        partial(begin, folder, span.start, span.end, keep_first=span.keep_first, wide=wide)
+                    )
+                    self._with_reserve(partial(go_on, folder, forks))
+                    return held
+
+                return await shared.journal.run(forget)
+        except MemtierError as error:
+            if session.closed:
+                raise type(error)(
+                    f"{error} What is to be forgotten is written down, and session {session.id!r} was closed: open it "
+                    f"again and that goes on where it was cut off."
+                ) from error
+            raise
+        finally:
+            await shared.journal.run(shared.space.fill)
+
+    def _with_reserve(self, step: Callable[[], None]) -> None:
+        """A step of a forget, which takes room, too: what was set aside for it. It can be done again."""
+        try:
+            step()
+        except StorageFullError:
+            if not self._shared.space.release():
+                raise
+            step()
+
+    async def _offline(self, stack: AsyncExitStack, one: Held) -> SessionFolder | None:
+        """A fork's folder, used by nothing else; None if it was deleted meanwhile."""
+        shared, other = self._shared, self._sessions.get(one.session_id)
+        if other is not None:
+            try:
+                await stack.enter_async_context(other.exclusive(None, catch_up=False))
+                return await stack.enter_async_context(other.offline())
+            except SessionError:
+                if not other.closed:
+                    raise
+                # it was being closed, and is free now
+        try:
+            fork = await shared.journal.run(open_copy, one.folder, shared.backends)
+        except SessionNotFoundError:
+            return None
+        stack.push_async_callback(shared.journal.run, fork.close)
+        return fork
+
+    # -- proof
+
+    async def _evidence(
+        self, session: Forgettable, said: Said, text: str, going: list[Held], files: WorkerThread
+    ) -> Evidence:
+        await session.updater.index()  # opened, so that rows which it lost are written again
         await session.updater.flush()
-        decode, ids = self._shared.weights.codec.decode, await session.timeline.tokens(0, session.timeline.position)
+        async with self._at_rest(session, going):
+            evidence = await files.run(
+                collect, self._folders(session, going), said, text, self._shared.weights.codec.decode
+            )
+            await files.run(erasure.control, evidence)
+        return evidence
 
-        def collect() -> erasure.Evidence:
-            rest = f"{decode(ids[:start])}\0{decode(ids[end:])}"
-            return erasure.collect(session.folder, start, end, decode(ids[start:end]), rest)
-
-        return await self._shared.journal.run(collect)
+    async def _proof(
+        self, session: Forgettable, evidence: Evidence, folders: list[Path], held: Holders, files: WorkerThread
+    ) -> ErasureProof:
+        try:
+            index = await session.updater.index()
+            async with self._at_rest(session, held.forks if len(folders) > 1 else []):
+                await self._shared.journal.run(session.folder.journal.checkpoint)
+                texts = (await index.rows(0, 2**62))["text"].to_pylist()
+                unreadable = [f"{path} cannot be read, and may hold it" for path in held.unreadable]
+                return await files.run(erasure.prove, evidence, folders, texts, unreadable)
+        except StorageError as error:
+            return erasure.unfinished(evidence, f"the span is forgotten, and the scan after it failed: {error}")
 
     @asynccontextmanager
     async def _at_rest(self, session: Forgettable, held: list[Held]) -> AsyncGenerator[None]:
         """Nothing is written or merged, so that no file comes or goes while all are read."""
+        others = [other for one in held if (other := self._sessions.get(one.session_id)) is not None]
         async with AsyncExitStack() as stack:
-            for other in self._open(held):
+            for other in others:
                 with suppress(SessionError):  # one that was closed meanwhile writes nothing
                     await stack.enter_async_context(other.exclusive(None, catch_up=False))
-            for one in (session, *self._open(held)):
+            for one in (session, *others):
                 await one.updater.rest()
             yield
 
-    def _open(self, held: list[Held]) -> list[Forgettable]:
-        return [other for one in held if (other := self._sessions.get(one.session_id)) is not None]
-
-    async def _forget(
-        self, session: Forgettable, held: list[Held], start: int, end: int, keep_first: bool
-    ) -> list[str]:
-        others = self._open(held)
-        try:
-            try:
-                return await self._forget_offline(session, held, start, end, keep_first)
-            except StorageFullError:
-                # to forget takes room, too: what was set aside for it
-                if not await self._shared.journal.run(self._shared.space.release):
-                    raise
-                return await self._forget_offline(session, held, start, end, keep_first)
-            finally:
-                await self._shared.journal.run(self._shared.space.fill)
-        except StorageError as error:
-            # the intent is journaled, and its positions hold until it is done: nothing may be written meanwhile
-            for one in (session, *others):
-                await one.abandon()
-            raise type(error)(
-                f"{error} What is to be forgotten is written down, and session {session.id!r} was closed: open it "
-                f"again and that goes on where it was cut off."
-            ) from error
-
-    async def _forget_offline(
-        self, session: Forgettable, held: list[Held], start: int, end: int, keep_first: bool
-    ) -> list[str]:
-        shared = self._shared
-        async with AsyncExitStack() as stack:
-            forks = []
-            for one in held:
-                other = self._sessions.get(one.session_id)
-                if other is None:
-                    fork = await shared.journal.run(open_copy, one.folder, shared.backends)
-                    stack.push_async_callback(shared.journal.run, fork.close)
-                else:
-                    await stack.enter_async_context(other.exclusive(None, catch_up=False))
-                    fork = await stack.enter_async_context(other.offline())
-                forks.append(fork)
-            folder = await stack.enter_async_context(session.offline())
-
-            def forget() -> list[str]:
-                told = [one.session_id for one in held]
-                return forget_in(folder, forks, start, end, keep_first=keep_first, told=told)
-
-            return await shared.journal.run(forget)
+    def _folders(self, session: Forgettable, held: list[Held]) -> list[Path]:
+        return [session.folder.paths.folder, *(one.folder for one in held)]
 
 
-def _quotations(ids: NDArray[np.int32], rest: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Ranges of `rest` that repeat at least QUOTED_TOKENS tokens of the span in a row."""
-    size = QUOTED_TOKENS
-    windows = {ids[at : at + size].tobytes() for at in range(ids.size - size + 1)}
-    found: list[tuple[int, int]] = []
-    if windows:
-        data = rest.tobytes()
-        for at in range(rest.size - size + 1):
-            if data[4 * at : 4 * (at + size)] in windows:
-                if found and at <= found[-1][1]:
-                    found[-1] = found[-1][0], at + size
-                else:
-                    found.append((at, at + size))
-    return found
+@contextmanager
+def _thread_for_files():
+    """Files are read in a thread of their own: those of the runtime serve other sessions meanwhile."""
+    thread = WorkerThread("memtier-forget")
+    try:
+        yield thread
+    finally:
+        thread.close()
+
+
+@contextmanager
+def _told_as_done():
+    try:
+        yield
+    except MemtierError as error:
+        raise type(error)(
+            f"the span is forgotten, and what follows it could not be read again: {error} The session's next call "
+            f"tries that again."
+        ) from error
+
+
+def _put_aside(folders: list[Path]) -> list[Path]:
+    return [path for folder in folders for path in sorted((folder / "quarantine").glob("*"))]

@@ -14,6 +14,7 @@ from memtier.folder import SessionFolder
 from memtier.lines import Line
 from memtier.parts import Parts, Shared
 from memtier.recovery.copies import fork_to
+from memtier.recovery.holders import INTENT
 from memtier.tiers.landmarks import Held
 
 __all__ = ["OpenSession"]
@@ -109,24 +110,33 @@ class OpenSession:
 
     @asynccontextmanager
     async def offline(self) -> AsyncGenerator[SessionFolder]:
-        """The session's folder, used by nothing else; then new parts, not yet caught up. The lock is held."""
+        """The session's folder, used by nothing else; then new parts, not yet caught up. The lock is held.
+
+        Where a forget is left unfinished the session is closed instead: its positions hold until that is done, so
+        nothing may be written before the next open goes on with it.
+        """
         with anyio.CancelScope(shield=True):
             await self._shared.take_apart(self._parts)
             try:
                 yield self.folder
             finally:
                 try:
-                    self._edition = await self._shared.journal.run(lambda: self.folder.edition)
-                    self._take(await self._shared.assemble(self._id, self.folder))
+                    unfinished = await self._shared.journal.run(self.folder.journal.get_meta, INTENT) is not None
+                    if not unfinished:
+                        self._edition = await self._shared.journal.run(lambda: self.folder.edition)
+                        self._take(await self._shared.assemble(self._id, self.folder))
                 except BaseException:
                     self._closed = True
                     await self._release()
                     raise
+                if unfinished:
+                    self._closed = True
+                    await self._release()
 
-    async def abandon(self) -> None:
-        """Close without writing anything. The lock is held."""
-        self._closed = True
-        await self._free()
+    @property
+    def closed(self) -> bool:
+        """True once it can no longer be used."""
+        return self._closed
 
     async def _settle(self) -> None:
         """All that was read is on disk, and a snapshot of this moment too."""

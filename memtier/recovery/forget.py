@@ -14,133 +14,85 @@ derived before the span stays: a key, a value or a landmark is a function of the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from memtier.errors import SessionBusyError
+from memtier.errors import SessionBusyError, SessionNotFoundError
 from memtier.folder import EDITION, META, Backends, SessionFolder
+from memtier.recovery.holders import (
+    INTENT,
+    Held,
+    Range,
+    Said,
+    checkpoint_errors,
+    holders_of,
+    joined,
+    ranges_in,
+    said_in,
+)
 from memtier_backends.base import Journal
-from memtier_backends.journal_forget import as_it_stands, as_said
-from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths
 from memtier_backends.lock import SessionLock
 
-__all__ = ["INTENT", "Held", "Part", "find_forks", "forget_in", "holders", "open_copy", "parts_of", "resume"]
+__all__ = ["INTENT", "begin", "go_on", "open_copy", "resume"]
 
-INTENT = "forget"
-
-Range = tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What a span holds of one turn, which is known again in a copy by its number and when it began.
-
-    `ranges` are offsets into the turn as it was said, before any of it was forgotten.
-    """
-
-    turn: int
-    created_at: float
-    ranges: tuple[Range, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A session that holds some of a span."""
-
-    session_id: str
-    folder: Path
-    ranges: list[Range]
-
-
-def parts_of(journal: Journal, start: int, end: int) -> list[Part]:
-    """The tokens [start, end), by turn."""
-    parts = []
-    for turn in journal.turns(start, end):
-        first, last = max(start, turn.start) - turn.start, min(end, turn.end) - turn.start
-        parts.append(Part(turn.turn, turn.created_at, tuple(as_said(turn.forgotten, first, last))))
-    return parts
-
-
-def holders(journal: Journal, parts: Sequence[Part]) -> list[Range]:
-    """Where a copy's journal holds these parts: ranges in order, none touching another."""
-    turns = {(turn.turn, turn.created_at): turn for turn in journal.turns()}
-    found: list[Range] = []
-    for part in parts:
-        turn = turns.get((part.turn, part.created_at))
-        if turn is not None:
-            here = (span for said in part.ranges for span in as_it_stands(turn.forgotten, *said))
-            found += [(turn.start + a, min(turn.start + b, turn.end)) for a, b in here if turn.start + a < turn.end]
-    return _joined(found)
-
-
-def find_forks(folder: SessionFolder, siblings: Sequence[Path], parts: Sequence[Part]) -> list[Held]:
-    """Sessions of the same lineage that hold some of these parts.
-
-    Args:
-        folder: the session.
-        siblings: folders of its tenant's sessions.
-        parts: see `parts_of`.
-    """
-    lineage = folder.journal.get_meta(META)["lineage"]
-    held: list[Held] = []
-    for path in siblings:
-        paths = SessionPaths(path)
-        if path == folder.paths.folder or not paths.journal.exists():
-            continue
-        journal = SqliteJournal.open(paths.journal, read_only=True)
-        try:
-            meta = journal.get_meta(META)
-            if meta is not None and meta["lineage"] == lineage:
-                ranges = holders(journal, parts)
-                copies = [ranges, *(_ranges_in(kept, parts) for kept in paths.checkpoint_folders())]
-                if any(copies):
-                    held.append(Held(meta["id"], path, ranges))
-        finally:
-            journal.close()
-    return held
+log = logging.getLogger("memtier")
 
 
 def open_copy(path: Path, backends: Backends) -> SessionFolder:
-    """A session's files with its lock, without asking which model wrote them. Raises SessionBusyError."""
+    """A session's files with its lock, without asking which model wrote them.
+
+    Raises:
+        SessionBusyError: someone has it open.
+        SessionNotFoundError: there is none.
+    """
+    paths = SessionPaths(path)
+    if not paths.journal.exists():
+        raise SessionNotFoundError(f"there is no session in {path}; it was deleted.")
     lock = SessionLock.acquire(path)
     try:
-        paths = SessionPaths(path)
         return SessionFolder(paths, lock, backends.journal(paths.journal), backends)
     except BaseException:
         lock.release()
         raise
 
 
-def forget_in(
-    session: SessionFolder, forks: Sequence[SessionFolder], start: int, end: int, *, keep_first: bool,
-    told: Sequence[str] = (),
-) -> list[str]:  # fmt: skip
-    """Forget the tokens [start, end) of a session, in its checkpoints, and in these forks and theirs.
+def begin(session: SessionFolder, start: int, end: int, *, keep_first: bool, wide: bool) -> None:
+    """Write down that the tokens [start, end) are to be forgotten. From then on it can only be finished.
 
     Args:
-        session: nothing else uses it or the forks.
         keep_first: position 0 holds a token that is no text.
-        told: ids of the forks, for the intent.
-
-    Returns:
-        Names of the checkpoints that held some of it, the session's and the forks'.
+        wide: forks forget it too, also those that a later open finds.
     """
-    parts = parts_of(session.journal, start, end)
-    _intend(session.journal, [(start, end)], keep_first, forks=told)
-    names: list[str] = []
+    _intend(session.journal, [(start, end)], keep_first, wide=wide)
+
+
+def go_on(session: SessionFolder, forks: Sequence[SessionFolder]) -> None:
+    """Forget what was written down in a session, in its checkpoints, and in these forks and theirs, from wherever each
+    of them stands. Nothing else uses any of them. A session with nothing to forget is left as it is.
+    """
+    intent = session.journal.get_meta(INTENT)
+    if intent is None:
+        return
+    said, keep_first = said_in(session.journal, _ranges(session.journal)), bool(intent["keep_first"])
     for fork in forks:
-        if ranges := holders(fork.journal, parts):
+        # all of them first: a fork that is opened before this session goes on, too
+        if ranges := ranges_in(fork.journal, said):
             _intend(fork.journal, ranges, keep_first)
     for fork in forks:
-        names += _forget_in_checkpoints(fork, parts, keep_first)
-        _finish(fork)
-    names += _forget_in_checkpoints(session, parts, keep_first)
+        _forget_in_checkpoints(fork, said, keep_first)
+        pending = fork.journal.get_meta(INTENT)
+        if pending is not None and pending["forks"]:
+            # a forget of its own that was cut off; the span is part of it now
+            log.warning("session %r has a forget that was cut off: open it, and that goes on", _id(fork))
+        else:
+            _finish(fork)
+            fork.clean()
+    _forget_in_checkpoints(session, said, keep_first)
     _finish(session)
-    return names
 
 
 def resume(session: SessionFolder, siblings: Sequence[Path]) -> bool:
@@ -148,71 +100,73 @@ def resume(session: SessionFolder, siblings: Sequence[Path]) -> bool:
 
     Raises:
         SessionBusyError: a fork that holds the span is open elsewhere.
+        CorruptMemoryError: a checkpoint is damaged.
     """
     intent = session.journal.get_meta(INTENT)
     if intent is None:
         return False
-    if not intent["ranges"]:
-        _finish(session)
-        return True
-    parts = [part for start, end in intent["ranges"] for part in parts_of(session.journal, start, end)]
-    held = find_forks(session, siblings, parts) if intent["forks"] else []
-    for one in (one for one in held if one.session_id in intent["forks"]):
-        try:
-            fork = open_copy(one.folder, session.backends)
-        except SessionBusyError as error:
-            raise SessionBusyError(
-                f"a forget that was cut off is not finished: session {one.session_id!r}, a fork, holds some of it and "
-                f"is open elsewhere. Close it there and open this session again."
-            ) from error
-        try:
-            if one.ranges:
-                _intend(fork.journal, one.ranges, intent["keep_first"])
-            _forget_in_checkpoints(fork, parts, intent["keep_first"])
-            _finish(fork)
-        finally:
+    forks: list[SessionFolder] = []
+    try:
+        if intent["forks"]:
+            said = said_in(session.journal, _ranges(session.journal))
+            for one in holders_of(session, siblings, said).forks:
+                forks += _opened(one, session.backends)
+        go_on(session, forks)
+    finally:
+        for fork in forks:
             fork.close()
-    _forget_in_checkpoints(session, parts, intent["keep_first"])
-    _finish(session)
     return True
 
 
-def _forget_in_checkpoints(session: SessionFolder, parts: Sequence[Part], keep_first: bool) -> list[str]:
-    names = []
+def _opened(one: Held, backends: Backends) -> list[SessionFolder]:
+    try:
+        return [open_copy(one.folder, backends)]
+    except SessionNotFoundError:
+        return []  # deleted meanwhile
+    except SessionBusyError as error:
+        raise SessionBusyError(
+            f"a forget that was cut off is not finished: session {one.session_id!r}, a fork, holds some of it and is "
+            f"open elsewhere. Close it there and open this session again."
+        ) from error
+
+
+def _forget_in_checkpoints(session: SessionFolder, said: Said, keep_first: bool) -> None:
     for paths in session.paths.checkpoint_folders():
-        journal = session.backends.journal(paths.journal)
-        try:
-            if ranges := holders(journal, parts):
-                _intend(journal, ranges, keep_first)
-            if journal.get_meta(INTENT) is not None:
+        with checkpoint_errors(paths):
+            journal = session.backends.journal(paths.journal)
+            try:
                 kept = SessionFolder(paths, None, journal, session.backends)
                 _finish(kept)
-                names.append(journal.get_meta("checkpoint")["name"])
-        finally:
-            journal.close()
-    return names
+                if ranges := ranges_in(journal, said):
+                    _intend(journal, ranges, keep_first)
+                    _finish(kept)
+            finally:
+                journal.close()
 
 
-def _ranges_in(kept: SessionPaths, parts: Sequence[Part]) -> list[Range]:
-    journal = SqliteJournal.open(kept.journal, read_only=True)
-    try:
-        return holders(journal, parts)
-    finally:
-        journal.close()
+def _intend(journal: Journal, ranges: Sequence[Range], keep_first: bool, *, wide: bool = False) -> None:
+    """Write down what is to be forgotten, beside what was written down before and is not done."""
+    before = journal.get_meta(INTENT)
+    if before is not None:
+        ranges = joined([*_ranges(journal), *ranges])
+        wide = wide or bool(before["forks"])
+    journal.set_meta(INTENT, {"ranges": [list(span) for span in ranges], "keep_first": keep_first, "forks": wide})
 
 
-def _intend(journal: Journal, ranges: Sequence[Range], keep_first: bool, forks: Sequence[str] = ()) -> None:
-    intent = {"ranges": [list(span) for span in ranges], "keep_first": keep_first, "forks": list(forks)}
-    journal.set_meta(INTENT, intent)
+def _ranges(journal: Journal) -> list[Range]:
+    """What an intent has left to do; of a journal that was cut short since, what there is."""
+    position = journal.position
+    clipped = ((start, min(end, position)) for start, end in journal.get_meta(INTENT)["ranges"])
+    return [(start, end) for start, end in clipped if start < end]
 
 
 def _finish(session: SessionFolder) -> None:
-    """What a session's intent says, from wherever it stands."""
+    """What a journal's own intent says, from wherever it stands."""
     journal = session.journal
     intent = journal.get_meta(INTENT)
     if intent is None:
         return
-    ranges = [(start, end) for start, end in intent["ranges"]]
+    ranges = _ranges(journal)
     if ranges:
         derived_to = _derived_to(journal, ranges[0][0])
         scrub = _covered(journal, ranges, bool(intent["keep_first"]))
@@ -226,7 +180,6 @@ def _finish(session: SessionFolder) -> None:
     session.clean()
     session.drop_index()
     journal.set_meta(INTENT, None)
-    journal.checkpoint()
 
 
 def _derived_to(journal: Journal, start: int) -> int:
@@ -250,11 +203,5 @@ def _covered(journal: Journal, ranges: Sequence[Range], keep_first: bool) -> lis
     return covered
 
 
-def _joined(ranges: Sequence[Range]) -> list[Range]:
-    joined: list[Range] = []
-    for start, end in sorted(ranges):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
+def _id(session: SessionFolder) -> str:
+    return session.journal.get_meta(META)["id"]

@@ -37,7 +37,8 @@ class ForgetReport(Report):
 
     `forks` and `checkpoints` held some of it and forgot it too; `still_held_by` are forks that were left alone.
     `also_at` are ranges, as numbered now, that repeat parts of it: quotations, which stay. The session was read again
-    from token `restored_from` on.
+    from token `restored_from` on. What nobody could look into may hold some of it: `unreadable` are folders of damaged
+    sessions, `put_aside` files that `memtier doctor` moved to a quarantine.
     """
 
     start: int
@@ -50,6 +51,8 @@ class ForgetReport(Report):
     checkpoints: tuple[str, ...]
     still_held_by: tuple[str, ...]
     also_at: tuple[tuple[int, int], ...]
+    unreadable: tuple[str, ...]
+    put_aside: tuple[str, ...]
     proof: ErasureProof | None
     seconds: float
 

@@ -2,10 +2,10 @@
 
 `entries` is only ever added to: a turn begins, tokens are appended, a text stands for tokens, a rollback takes tokens
 back. Each entry carries a BLAKE2b over itself and the digest of the entry before, and `head` keeps the newest digest: a
-flipped bit, a lost row and a lost tail are all found. An entry is checked when its body is read; `verify` checks all.
+flipped bit, a lost row and a lost tail are all found. An entry is checked when its body is read.
 
-`live` says how many tokens of an entry still stand (1 or 0 for a text). It is derived: a rollback lowers it, it is in
-no digest, and `verify` computes it again from the entries.
+`live` says how many tokens of an entry still stand (1 or 0 for a text). It is derived: a rollback lowers it, and it is
+in no digest. That it follows from the entries, and that no row is missing, is checked for the file: journal_check.py.
 
 `records` holds what is derived from the tokens (manifests of segments, snapshots) and the session's meta, each hashed.
 """
@@ -138,12 +138,8 @@ class JournalRows:
             self.corrupt(f"its newest entry is not entry {head.seq}, which was written last")
         return head
 
-    def verify(self) -> None:
-        """Check the file's structure, every entry and every record."""
-        (found,) = self.execute("PRAGMA integrity_check(1)").fetchone()
-        if found != "ok":
-            self.corrupt(f"SQLite's check says: {found}")
-        self._verify_entries()
+    def check_records(self) -> None:
+        """Check every record there is."""
         for kind, name, rank, body, digest in self.execute("SELECT kind, name, rank, body, digest FROM records"):
             if kind not in _KINDS:
                 self.corrupt(f"there is a record of the unknown kind {kind!r}")
@@ -211,33 +207,6 @@ class JournalRows:
         if fields_digest(kind, name, rank, body) != digest:
             self.corrupt(f"the {kind} record {name!r} does not have the hash that was written")
         return body
-
-    def _verify_entries(self) -> None:
-        """Walk the chain, and compute again what `head` and `live` must be."""
-        head = replace(self.head(), seq=0, digest=_ORIGIN, position=0, turn=-1)
-        standing: list[list[int]] = []  # [seq, start, live] of token entries
-        texts: list[tuple[int, int]] = []  # (seq, end)
-        for entry in self.entries("1", ()):
-            if entry.seq != head.seq + 1:
-                self.corrupt(f"entry {head.seq + 1} is missing")
-            if entry.kind == "tokens":
-                standing.append([entry.seq, entry.start, entry.end - entry.start])
-                head = replace(head, position=entry.end)
-            elif entry.kind == "text":
-                texts.append((entry.seq, entry.end))
-            elif entry.kind == "rollback":
-                while standing and standing[-1][1] >= entry.start:
-                    standing.pop()
-                if standing:
-                    standing[-1][2] = min(standing[-1][2], entry.start - standing[-1][1])
-                texts = [text for text in texts if text[1] <= entry.start]
-                head = replace(head, position=entry.start)
-            head = replace(head, seq=entry.seq, digest=entry.digest, turn=entry.turn)
-        if head != self.head():
-            self.corrupt(f"its entries end at position {head.position}, and its head says {self.head().position}")
-        expected = sorted([(seq, live) for seq, _, live in standing] + [(seq, 1) for seq, _ in texts])
-        if self.execute("SELECT seq, live FROM entries WHERE live > 0 ORDER BY seq").fetchall() != expected:
-            self.corrupt("what it says of tokens taken back does not follow from its entries")
 
 
 def create(path: Path) -> None:

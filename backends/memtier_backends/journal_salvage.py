@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memtier.errors import CorruptMemoryError
+from memtier_backends.journal_check import standing
 from memtier_backends.journal_rows import Entry, Head, JournalRows, create
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.records import SegmentManifest
@@ -40,11 +41,12 @@ def salvage(path: Path, target: Path) -> tuple[int, int | None]:
             said = None
     if not any(kind == "meta" and name == "session" for kind, name, _, _ in records):
         raise CorruptMemoryError(f"{path} no longer says which session it is, nor which model wrote it.")
-    standing = _standing(entries)
+    # it is in no digest, and follows from the entries
+    live = standing((entry.seq, entry.kind, entry.turn, entry.start, entry.end) for entry in entries).live
     create(target)
     journal = SqliteJournal.open(target)
     try:
-        position = _fill(journal, entries, standing, records)
+        position = _fill(journal, entries, live, records)
         journal.verify()
     finally:
         journal.close()
@@ -79,26 +81,8 @@ def _readable_records(rows: JournalRows) -> Iterator[tuple[str, str, int, Any]]:
             yield kind, name, rank, value
 
 
-def _standing(entries: list[Entry]) -> dict[int, int]:
-    """How many tokens of each entry stand, 1 for a text; it is in no digest, and follows from the entries."""
-    tokens: list[Entry] = []
-    texts: list[Entry] = []
-    for entry in entries:
-        if entry.kind == "tokens":
-            tokens.append(replace(entry, live=entry.end - entry.start))
-        elif entry.kind == "text":
-            texts.append(entry)
-        elif entry.kind == "rollback":
-            while tokens and tokens[-1].start >= entry.start:
-                tokens.pop()
-            if tokens:
-                tokens[-1] = replace(tokens[-1], live=min(tokens[-1].live, entry.start - tokens[-1].start))
-            texts = [text for text in texts if text.end <= entry.start]
-    return {entry.seq: entry.live for entry in tokens} | {text.seq: 1 for text in texts}
-
-
 def _fill(
-    journal: SqliteJournal, entries: list[Entry], standing: dict[int, int], records: list[tuple[str, str, int, Any]]
+    journal: SqliteJournal, entries: list[Entry], live: dict[int, int], records: list[tuple[str, str, int, Any]]
 ) -> int:
     rows = journal._rows
     head = Head()
@@ -108,7 +92,7 @@ def _fill(
                 head = replace(head, position=entry.end)
             head = rows.append(
                 replace(head, turn=entry.turn), entry.kind, entry.start, entry.end, entry.body, mark=entry.mark,
-                live=standing.get(entry.seq, 0),
+                live=live.get(entry.seq, 0),
             )  # fmt: skip
         next_block = 0
         for kind, name, rank, value in records:

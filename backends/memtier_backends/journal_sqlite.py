@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from memtier.errors import ConfigError, SessionNotFoundError
 from memtier_backends.files import storage_errors
+from memtier_backends.journal_check import check_structure, verify
 from memtier_backends.journal_derived import DerivedRecords
 from memtier_backends.journal_file import JournalFile
 from memtier_backends.journal_forget import cut_out
@@ -42,7 +44,8 @@ class SqliteJournal:
         Raises:
             SessionNotFoundError: `read_only`, and there is none.
             IncompatibleMemoryError: made by a newer format.
-            CorruptMemoryError: not a journal, or damaged where every open looks.
+            CorruptMemoryError: not a journal, or damaged in its structure. Of a `read_only` one only the head is looked
+                at, and its structure once more than the position is read.
         """
         if not path.exists():
             if read_only:
@@ -59,6 +62,9 @@ class SqliteJournal:
         try:
             with journal._file.reading("open the journal"):
                 journal._piece_start = journal._rows.check_opened().position
+            if not read_only:
+                with journal._content("open the journal"):
+                    pass
         except BaseException:
             connection.close()
             raise
@@ -73,6 +79,7 @@ class SqliteJournal:
         # A text given later stands for the tokens from here on. Where the piece of a turn begun before this open began
         # is not known: the text of such a turn is told as unknown, never guessed.
         self._piece_start = 0
+        self._whole = False
 
     # Tokens and turns
 
@@ -162,15 +169,17 @@ class SqliteJournal:
         self._piece_start = position
 
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
-        with self._file.reading("read tokens"):
+        start, end = int(start), int(end)
+        with self._content("read tokens"):
             position = self._rows.head().position
             if not 0 <= start <= end <= position:
                 raise ConfigError(f"tokens [{start}, {end}) were asked for; the session holds [0, {position}).")
             ids = np.empty(end - start, dtype=np.int32)
             at = start
             for entry in self._live_tokens(start, end):
-                if not entry.start <= at < entry.start + entry.live:
-                    self._rows.corrupt(f"tokens from {at} on are missing")
+                follows = entry.start <= at if at == start else entry.start == at
+                if not follows or not at < entry.start + entry.live:
+                    self._rows.corrupt(f"tokens from {at} on are missing, or are there twice")
                 row = np.frombuffer(entry.body, dtype="<i4")[at - entry.start : min(entry.live, end - entry.start)]
                 ids[at - start : at - start + len(row)] = row
                 at += len(row)
@@ -179,23 +188,24 @@ class SqliteJournal:
             return ids
 
     def turns(self, start: int = 0, end: int | None = None) -> list[TurnRecord]:
-        with self._file.reading("read turns"):
-            end = self._rows.head().position if end is None else end
+        with self._content("read turns"):
+            position = self._rows.head().position
+            start, end = max(int(start), 0), position if end is None else min(int(end), position)
             return read_turns(self._rows, self._row_start(start), start, end) if start < end else []
 
     def marks(self, start: int, end: int) -> list[int]:
-        with self._file.reading("read marks"):
+        with self._content("read marks"):
             found = self._rows.execute(
                 "SELECT end - 1 FROM entries WHERE mark = 1 AND end > ? AND end <= ? AND live = end - start "
                 "ORDER BY end",
-                (start, end),
+                (int(start), int(end)),
             )
             return [mark for (mark,) in found]
 
     # What is derived from the tokens
 
     def get_meta(self, key: str) -> Any:
-        with self._file.reading(f"read meta {key!r}"):
+        with self._content(f"read meta {key!r}"):
             found = self._rows.records("meta", key)
             return found[0] if found else None
 
@@ -205,7 +215,7 @@ class SqliteJournal:
 
     @property
     def first_block(self) -> int:
-        with self._file.reading("read where segments begin"):
+        with self._content("read where segments begin"):
             return self._derived.first_block
 
     def begin_with(self, block: int) -> None:
@@ -221,7 +231,7 @@ class SqliteJournal:
             return self._derived.merge_segments(manifest)
 
     def segments(self) -> list[SegmentManifest]:
-        with self._file.reading("read segments"):
+        with self._content("read segments"):
             return self._derived.segments()
 
     def drop_before(self, block: int) -> list[str]:
@@ -235,7 +245,7 @@ class SqliteJournal:
 
     @property
     def index_seal(self) -> str:
-        with self._file.reading("read the hash of the index"):
+        with self._content("read the hash of the index"):
             return self._derived.index_seal
 
     def set_indexed_through(self, blocks: int, *, seal: str) -> None:
@@ -247,7 +257,7 @@ class SqliteJournal:
             self._derived.add_snapshot(record)
 
     def snapshots(self) -> list[SnapshotRecord]:
-        with self._file.reading("read snapshots"):
+        with self._content("read snapshots"):
             return self._derived.snapshots()
 
     def drop_snapshot(self, name: str) -> None:
@@ -297,7 +307,7 @@ class SqliteJournal:
 
     def verify(self) -> None:
         with self._file.reading("verify the journal"):
-            self._rows.verify()
+            verify(self._rows)
         self.segments()
 
     def checkpoint(self) -> None:
@@ -307,6 +317,15 @@ class SqliteJournal:
         self._file.close()
 
     # Private
+
+    @contextmanager
+    def _content(self, action: str) -> Iterator[None]:
+        """To read more than the head, which needs a file whose structure is whole."""
+        with self._file.reading(action):
+            if not self._whole:
+                check_structure(self._rows)
+                self._whole = True
+            yield
 
     def _live_tokens(self, start: int, end: int) -> Iterator[Entry]:
         """Standing token entries that overlap [start, end). Of those, seq and start have the same order."""

@@ -16,6 +16,7 @@ def read_turns(rows: JournalRows, row_start: int, start: int, end: int) -> list[
 
     Args:
         row_start: where the standing entry that holds the token `start` begins.
+        start, end: a range of tokens that stand.
     """
     first, last = rows.execute(
         "SELECT MIN(turn), MAX(turn) FROM entries WHERE kind = 'tokens' AND live > 0 "
@@ -23,7 +24,7 @@ def read_turns(rows: JournalRows, row_start: int, start: int, end: int) -> list[
         (row_start, end, start),
     ).fetchone()
     if first is None:
-        return []
+        rows.corrupt(f"the turns of tokens [{start}, {end}) are missing")
     spans = {
         turn: (turn_start, turn_end)
         for turn, turn_start, turn_end in rows.execute(
@@ -32,6 +33,10 @@ def read_turns(rows: JournalRows, row_start: int, start: int, end: int) -> list[
             (first, last),
         )
     }
+    edges = [edge for span in spans.values() for edge in span]
+    # each turn begins where the one before ends
+    if edges[1:-1:2] != edges[2::2] or not edges[0] <= start or not end <= edges[-1]:
+        rows.corrupt(f"its turns do not hold the tokens [{start}, {end}) one after the other")
     texts: dict[int, list[Entry]] = {}
     for entry in rows.entries("e.kind = 'text' AND e.live > 0 AND e.turn BETWEEN ? AND ?", (first, last)):
         texts.setdefault(entry.turn, []).append(entry)

@@ -79,6 +79,82 @@ def test_a_flipped_bit_anywhere_in_the_file_is_found_or_harmless(path: Path) -> 
     assert found > 25
 
 
+@pytest.mark.parametrize("read_only", [False, True], ids=["owner", "look"])
+def test_no_flipped_bit_is_read_in_silence(path: Path, read_only: bool) -> None:
+    """Nobody calls verify: what is read is what was written, or an error."""
+    journal = SqliteJournal.open(path)
+    journal.set_meta("forget", {"ranges": [[1, 2]]})
+    expected = answers(journal)
+    journal.close()
+    whole = path.read_bytes()
+    # most of a small file is free space, which is zeros
+    used = [at for at, byte in enumerate(whole) if byte or at % 16 == 0]
+    choose = random.Random(1)
+    loud = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        at = choose.choice(used)
+        damaged[at] ^= 1 << choose.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            journal = SqliteJournal.open(path, read_only=read_only)
+        except (CorruptMemoryError, IncompatibleMemoryError):
+            loud += 1
+            continue
+        for what, answer in answers(journal).items():
+            told = isinstance(answer, CorruptMemoryError)
+            loud += told
+            assert told or answer == expected[what], f"a flipped bit of byte {at} gave other {what}"
+        journal._rows.connection.close()
+    assert loud > 100
+
+
+def answers(journal: SqliteJournal) -> dict[str, object]:
+    """What each thing that can be read is; an error stands for an answer."""
+    calls = {
+        "position": lambda: journal.position,
+        "tokens": lambda: journal.tokens(0, journal.position).tolist(),
+        "some tokens": lambda: journal.tokens(50, 60).tolist(),
+        "turns": journal.turns,
+        "some turns": lambda: journal.turns(100, 130),
+        "marks": lambda: journal.marks(0, 230),
+        "segments": journal.segments,
+        "first block": lambda: journal.first_block,
+        "snapshots": journal.snapshots,
+        "index mark": lambda: journal.indexed_through,
+        "index seal": lambda: journal.index_seal,
+        "id": lambda: journal.get_meta("id"),
+        "forget": lambda: journal.get_meta("forget"),
+    }
+    found: dict[str, object] = {}
+    for what, call in calls.items():
+        try:
+            found[what] = call()
+        except CorruptMemoryError as error:
+            found[what] = error
+    return found
+
+
+@pytest.mark.parametrize(("live", "message"), [(5, "are missing"), (7, "there twice")])
+def test_tokens_that_overlap_are_no_tokens(tmp_path: Path, live: int, message: str) -> None:
+    """Found where they are read, too: the file may be damaged while it is open."""
+    journal = SqliteJournal.open(tmp_path / "journal.sqlite3")
+    journal.commit(begin_turn(journal), list(range(10)))
+    journal.rollback(6, "test")
+    journal.commit(begin_turn(journal), list(range(100, 110)))
+    journal._rows.execute("UPDATE entries SET live = ? WHERE live = 6", (live,))
+    with pytest.raises(CorruptMemoryError, match=message):
+        journal.tokens(0, 16)
+    with pytest.raises(CorruptMemoryError, match="one after the other"):
+        journal.turns()
+    assert journal.tokens(6, 16).tolist() == list(range(100, 110))
+    assert journal.tokens(8, 9).tolist() == [102]
+    journal._rows.execute("UPDATE entries SET live = 0 WHERE kind = 'tokens'")
+    with pytest.raises(CorruptMemoryError, match="turns of tokens"):
+        journal.turns(3, 4)
+    journal.close()
+
+
 def test_a_flipped_bit_in_a_token_row_is_found_when_it_is_read_and_by_verify(path: Path) -> None:
     whole = path.read_bytes()
     at = whole.index(b"".join(token.to_bytes(4, "little") for token in (217, 218)))
@@ -108,17 +184,30 @@ def edited(path: Path, *statements: str) -> SqliteJournal:
         ("DELETE FROM entries WHERE seq = 5", "entry 5 is missing"),
         ("UPDATE entries SET live = 39 WHERE seq = 2", "taken back"),
         ("UPDATE entries SET live = 2 WHERE kind = 'tokens' AND live = 0", "taken back"),
-        ("UPDATE entries SET kind = 'text' WHERE seq = 5", "entry 5"),
-        ("UPDATE entries SET turn = 1 WHERE seq = 2", "entry 2"),
-        ("UPDATE entries SET start = 'x' WHERE seq = 2", "entry 2"),
+        ("UPDATE entries SET live = 'x' WHERE seq = 2", "entry 2 holds values of another type"),
+        ("UPDATE entries SET kind = 'text' WHERE seq = 5", "taken back"),
+        ("UPDATE entries SET kind = 'text' WHERE kind = 'rollback'", "up to 230"),
+        ("UPDATE entries SET turn = 7 WHERE seq = (SELECT MAX(seq) FROM entries)", "in turn 7"),
+        ("UPDATE entries SET start = 'x' WHERE seq = 2", "entry 2 holds values of another type"),
         ("UPDATE records SET body = replace(body, 'session', 'possess')", "meta record 'id'"),
         ("UPDATE records SET kind = 'other' WHERE kind = 'snapshot'", "unknown kind 'other'"),
         ("UPDATE records SET rank = 3 WHERE kind = 'segment'", "segment record"),
     ],
 )
-def test_a_changed_row_is_found_by_verify(path: Path, statement: str, message: str) -> None:
-    journal = edited(path, statement)
+def test_a_file_whose_rows_do_not_agree_is_refused(path: Path, statement: str, message: str) -> None:
     with pytest.raises(CorruptMemoryError, match=message):
+        edited(path, statement)
+    look = SqliteJournal.open(path, read_only=True)
+    assert look.position == 230
+    for call in (look.turns, look.segments, look.snapshots, lambda: look.get_meta("id"), lambda: look.tokens(0, 1)):
+        with pytest.raises(CorruptMemoryError, match=message):
+            call()
+    look.close()
+
+
+def test_a_changed_row_is_found_by_verify(path: Path) -> None:
+    journal = edited(path, "UPDATE entries SET turn = 1 WHERE seq = 2")
+    with pytest.raises(CorruptMemoryError, match="entry 2"):
         journal.verify()
     journal.close()
 

@@ -22,7 +22,7 @@ from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import Journal, MemoryIndex, SegmentStore
 from memtier_backends.files import flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths, drop_partial
+from memtier_backends.layout import SessionPaths, drop_partial, sweep_removed
 from memtier_backends.lock import SessionLock
 from memtier_backends.segment_store import FileSegmentStore
 
@@ -130,6 +130,7 @@ class SessionFolder:
     def clean(self) -> None:
         """Drop unfinished files, files that no record names, and records of what lies past the journal's end."""
         drop_partial(self.paths.folder)
+        sweep_removed(self.paths.checkpoints)
         self.journal.drop_after(self.journal.position)
         known = {m.name for m in self.journal.segments()}, {s.name for s in self.journal.snapshots()}
         for store, names in zip((self.segments, self.snapshots), known, strict=True):

@@ -11,7 +11,15 @@ from memtier.folder import META
 from memtier.reports import SessionInfo
 from memtier_backends.files import bytes_under
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
+from memtier_backends.layout import (
+    SessionPaths,
+    check_store,
+    remove_session,
+    session_folder,
+    session_folders,
+    sweep_removed,
+    traces,
+)
 from memtier_backends.lock import SessionLock
 
 __all__ = ["describe_all", "list_sessions", "remove_session_of", "remove_tenant"]
@@ -73,7 +81,9 @@ def remove_session_of(store: str | Path, tenant: str, session_id: str) -> list[s
     """
     store = check_store(store)
     folder = session_folder(store, tenant, session_id)
-    if not SessionPaths(folder).journal.exists():
+    sweep_removed(folder.parent)
+    # one that lost its journal is removed, too: its messages say so
+    if not SessionPaths(folder).journal.exists() and not traces(folder):
         raise SessionNotFoundError(
             f"there is no session {session_id!r} in {folder.parent}. Runtime.sessions() lists those there are."
         )
@@ -93,6 +103,7 @@ def remove_tenant(store: str | Path, tenant: str) -> list[str]:
         SessionBusyError: one of them is open; nothing was removed.
     """
     store = check_store(store)
+    sweep_removed(store)
     folders = session_folders(store, tenant)
     with ExitStack() as stack:
         for folder in folders:

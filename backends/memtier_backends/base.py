@@ -225,6 +225,13 @@ class Journal(Protocol):
         """
         ...
 
+    def drop_rolled_back(self) -> None:
+        """Leave out for good what rollbacks took back, if anything was. What stands is not changed.
+
+        Of turns that hold nothing only the newest is kept, without its source and metadata.
+        """
+        ...
+
     def copy_to(self, path: Path) -> None:
         """Write a copy of this moment as a new file, which appears whole. Raises StorageError if there is one."""
         ...

@@ -213,6 +213,10 @@ class FaultyJournal:
         self._write("forget")
         self.inner.forget(start, end, scrub=scrub, derived_to=derived_to, meta=meta)
 
+    def drop_rolled_back(self) -> None:
+        self._write("drop_rolled_back")
+        self.inner.drop_rolled_back()
+
     def copy_to(self, path: Path) -> None:
         self._write("copy_to")
         self.inner.copy_to(path)

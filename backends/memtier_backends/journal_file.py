@@ -38,7 +38,7 @@ class JournalFile:
     @contextmanager
     def transaction(self, action: str) -> Iterator[None]:
         """All of the body's writes or none; durable when it ends."""
-        with self._one_at_a_time, sqlite_errors(self.path, action):
+        with self._one_at_a_time, sqlite_errors(self.path, action, writing=True):
             connection = self._connection()
             connection.execute("BEGIN IMMEDIATE")
             try:

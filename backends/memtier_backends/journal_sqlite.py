@@ -25,6 +25,7 @@ from memtier_backends.journal_file import JournalFile
 from memtier_backends.journal_forget import cut_out
 from memtier_backends.journal_rows import Entry, JournalRows, create, to_json
 from memtier_backends.journal_turns import read_turns
+from memtier_backends.layout import check_never_begun
 from memtier_backends.records import SegmentManifest, SnapshotRecord, TurnRecord
 from memtier_backends.sqlite_file import connect, sqlite_errors
 from memtier_backends.wal_check import check_log
@@ -44,14 +45,15 @@ class SqliteJournal:
         Raises:
             SessionNotFoundError: `read_only`, and there is none.
             IncompatibleMemoryError: made by a newer format.
-            CorruptMemoryError: not a journal, or damaged in its structure. Of a `read_only` one only the head is looked
-                at, and its structure once more than the position is read.
+            CorruptMemoryError: not a journal, one that is missing from a session's folder, or damaged in its structure.
+                Of a `read_only` one the head alone is looked at, and its structure once more than that is read.
         """
         if not path.exists():
             if read_only:
                 raise SessionNotFoundError(
                     f"there is no journal at {path}. Check the store, the tenant and the session."
                 )
+            check_never_begun(path.parent)
             create(path)
         check_log(path)
         with storage_errors(f"open the journal {path}"), sqlite_errors(path, "open the journal"):
@@ -285,6 +287,14 @@ class SqliteJournal:
             for key, value in meta.items():
                 self._rows.put_record("meta", key, 0, value)
         self._piece_start = self.position
+
+    def drop_rolled_back(self) -> None:
+        with self._file.transaction("drop what was taken back"):
+            if self._rows.execute("SELECT 1 FROM entries WHERE kind = 'rollback' LIMIT 1").fetchone() is None:
+                return
+            head = self._rows.head()
+            cut_out(self._rows, head.position, head.position, ())
+            self._rows.put_head(replace(self._rows.head(), indexed_through=head.indexed_through))
 
     # The file
 

@@ -9,20 +9,32 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
-from memtier.errors import ConfigError
+from memtier.errors import ConfigError, CorruptMemoryError
 from memtier_backends.files import flush_folder, storage_errors
 from memtier_backends.records import DIGEST_BYTES
 
-__all__ = ["SessionPaths", "check_store", "drop_partial", "remove_session", "session_folder", "session_folders"]
+__all__ = [
+    "SessionPaths",
+    "check_never_begun",
+    "check_store",
+    "drop_partial",
+    "remove_session",
+    "session_folder",
+    "session_folders",
+    "sweep_removed",
+    "traces",
+]
 
 _FOLDER = re.compile(rf"[0-9a-f]{{{2 * DIGEST_BYTES}}}")
 _REMOVED_PREFIX = ".removed-"
 _PARTIAL_PREFIX = ".partial-"
+RESCUED_PREFIX = ".rescued-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,10 @@ class SessionPaths:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.folder / "quarantine"
 
     def checkpoint(self, name: str) -> SessionPaths:
         """Where the checkpoint of that name lies, whether or not it exists. Raises ConfigError as `session_folder`."""
@@ -110,16 +126,61 @@ def session_folders(store: str | Path, tenant: str) -> list[Path]:
 def remove_session(folder: Path) -> None:
     """Remove a session's folder with all in it. Call as the owner of its lock.
 
-    It is renamed first, so that a crash leaves no half session; what such a crash left is removed along with the next.
+    It is renamed first, so that a crash leaves no half session; `sweep_removed` removes what such a crash left.
     """
     with storage_errors(f"remove the session folder {folder}"):
         if folder.exists():
             folder.rename(folder.with_name(f"{_REMOVED_PREFIX}{uuid4().hex}"))
             flush_folder(folder.parent)
-        if folder.parent.is_dir():
-            for path in folder.parent.glob(f"{_REMOVED_PREFIX}*"):
-                shutil.rmtree(path)
-            flush_folder(folder.parent)
+    sweep_removed(folder.parent)
+
+
+def sweep_removed(folder: Path) -> None:
+    """Remove what removals that were cut off left in a folder. Several processes may do so at once.
+
+    Args:
+        folder: a tenant's, the store's, or that of a session's checkpoints; there need be none.
+
+    Raises:
+        StorageError: something cannot be removed.
+    """
+    with storage_errors(f"remove what a removal left in {folder}"):
+        left = list(folder.glob(f"{_REMOVED_PREFIX}*"))
+        for path in left:
+            while path.exists():
+                # what another process removed under our hands is gone, and so we get on
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path)
+        if left:
+            with suppress(FileNotFoundError):
+                flush_folder(folder)
+
+
+def traces(folder: Path) -> list[str]:
+    """What lies in a folder that only a session with a journal leaves there; nothing where no session ever began.
+
+    A lock, empty folders and an index are left by one that died before it began.
+    """
+    paths = SessionPaths(folder)
+    found = [path.name for path in (paths.segments, paths.snapshots, paths.quarantine) if _holds_anything(path)]
+    found += [paths.checkpoints.name] if paths.checkpoint_folders() else []
+    return sorted([*found, *(path.name for path in folder.glob(f"{RESCUED_PREFIX}*"))])
+
+
+def check_never_begun(folder: Path) -> None:
+    """Refuse a folder without a journal in which there was one: a new session there would drop what is left of it.
+
+    Raises:
+        CorruptMemoryError: names what is left.
+    """
+    with storage_errors(f"look into the session folder {folder}"):
+        left = traces(folder)
+    if left:
+        raise CorruptMemoryError(
+            f"the journal {SessionPaths(folder).journal} is missing, and {', '.join(left)} beside it are of a session. "
+            "Restore the file from a backup, run: memtier doctor --rebuild, or delete the session. An import that was "
+            "cut off may be sent again."
+        )
 
 
 def drop_partial(folder: Path) -> None:
@@ -127,6 +188,10 @@ def drop_partial(folder: Path) -> None:
     with storage_errors(f"clean the session folder {folder}"):
         for path in folder.glob(f"{_PARTIAL_PREFIX}*"):
             shutil.rmtree(path)
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _tenant_folder(store: str | Path, tenant: str) -> Path:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -31,8 +32,12 @@ class SessionLock:
         path = folder / "lock"
         with storage_errors(f"lock the session in {folder}"):
             while True:
-                folder.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                except FileNotFoundError:
+                    # the owner before us is just removing it
+                    continue
                 try:
                     _take(descriptor, path)
                     # Between open and flock the owner before us may have removed the folder, and the lock with it.
@@ -97,8 +102,10 @@ def _is_still_at(descriptor: int, path: Path) -> bool:
 
 
 def _name_owner(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+    """For messages alone: a full disk must not keep a session from being read or deleted."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
 
 
 def _owner(descriptor: int) -> str:

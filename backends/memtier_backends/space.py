@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from memtier.errors import StorageFullError
@@ -35,9 +36,7 @@ class Space:
         self._reserve_bytes = reserve_bytes
         self.reserve = store / RESERVE_NAME
         with storage_errors(f"make the folder {store}"):
-            if not store.exists():
-                store.mkdir(parents=True, exist_ok=True)
-                flush_folder(store.parent)
+            _make(store)
 
     @property
     def free_bytes(self) -> int:
@@ -75,3 +74,16 @@ class Space:
             there = self.reserve.exists()
             self.reserve.unlink(missing_ok=True)
         return there
+
+
+def _make(store: Path) -> None:
+    """Make a folder with those above it, each name durable: else a power cut could take it with all in it."""
+    missing = [folder for folder in (store, *store.parents) if not folder.exists()]
+    there = missing[-1].parent if missing else store
+    # Each time, for whoever made it may have died before this. A folder that we may not read is not ours, and its
+    # names are not either.
+    with suppress(PermissionError):
+        flush_folder(there.parent)
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        flush_folder(folder.parent)

@@ -24,18 +24,24 @@ _CORRUPT = {
     sqlite3.SQLITE_ERROR,
     sqlite3.SQLITE_CONSTRAINT,
     sqlite3.SQLITE_MISMATCH,
-    sqlite3.SQLITE_TOOBIG,
 }
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 @contextmanager
-def sqlite_errors(path: Path, action: str) -> Iterator[None]:
+def sqlite_errors(path: Path, action: str, *, writing: bool = False) -> Iterator[None]:
     """Tell a sqlite3.Error as StorageFullError, CorruptMemoryError or StorageError; `action` completes "cannot ..."."""
     try:
         yield
     except sqlite3.Error as error:
+        if _code(error) & 0xFF == sqlite3.SQLITE_TOOBIG and writing:
+            raise _too_large(path, action) from error
         raise _told(error, path, action) from error
+    except OverflowError as error:
+        if not writing:
+            raise
+        # Python's own limit, of 2 GiB
+        raise _too_large(path, action) from error
     except UnicodeDecodeError as error:
         # SQLite quotes what it cannot read, and Python cannot read the quotation either.
         raise _damaged(error, path, action) from error
@@ -142,21 +148,33 @@ def _use_write_ahead_log(connection: sqlite3.Connection, path: Path) -> None:
 
 
 def _told(error: sqlite3.Error, path: Path, action: str) -> MemtierError:
-    # Python's own errors (a text that is not UTF-8) carry no code of SQLite; they come from damaged bytes only.
-    code: int = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    code = _code(error)
     primary = code & 0xFF
     if primary == sqlite3.SQLITE_FULL:
         return StorageFullError(
             f"cannot {action} in {path}: no space is left ({error}). Nothing of it was written and what was "
             "acknowledged is safe; free some space and call again."
         )
-    if primary in _CORRUPT or code == sqlite3.SQLITE_IOERR_SHORT_READ:
+    # nothing that large was ever written
+    if primary in (*_CORRUPT, sqlite3.SQLITE_TOOBIG) or code == sqlite3.SQLITE_IOERR_SHORT_READ:
         return _damaged(error, path, action)
     if primary in _BUSY:
         return StorageError(
             f"cannot {action}: {path} is in use by another connection ({error}). Close it there and call again."
         )
     return StorageError(f"cannot {action} in {path}: {error}. Check the disk and its permissions, then call again.")
+
+
+def _code(error: sqlite3.Error) -> int:
+    # Python's own errors (a text that is not UTF-8) carry no code of SQLite; they come from damaged bytes only.
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+
+
+def _too_large(path: Path, action: str) -> StorageError:
+    return StorageError(
+        f"cannot {action} in {path}: a text, its source and metadata, or the tokens given at once are larger than "
+        "SQLite keeps in a row, 1,000,000,000 bytes. Nothing of it was written; split it and send the parts."
+    )
 
 
 def _damaged(error: Exception, path: Path, action: str) -> CorruptMemoryError:

@@ -379,6 +379,50 @@ class JournalSuite:
         journal.close()
         again = self.open(path)
         assert (again.position, again.indexed_through) == (20, 3)
+        again.commit(begin_turn(again), [7, 8], mark=True)
+        start, end = np.int64(19), np.int64(22)
+        assert again.tokens(start, end).tolist()[1:] == [7, 8]  # pyright: ignore[reportArgumentType]
+        assert [(t.start, t.end) for t in again.turns(end - 1, end)] == [(20, 22)]  # pyright: ignore[reportArgumentType]
+        assert again.marks(start, end) == [21]  # pyright: ignore[reportArgumentType]
+        again.verify()
+        again.close()
+
+    def test_what_was_taken_back_is_left_out_and_all_that_stands_is_as_it_was(
+        self, journal: Journal, path: Path
+    ) -> None:
+        self._with_segments(journal)
+        journal.drop_rolled_back()
+        at = journal.position
+        turn = begin_turn(journal)
+        journal.commit(turn, [1, 2, 3, 4], text="half of it", mark=True)
+        journal.rollback(at + 3, "test")
+        journal.commit(turn, [5], mark=True)
+        begin_turn(journal, source="refused")
+        turn = begin_turn(journal, source="refused")
+        journal.commit(turn, [6, 7], text="refused", mark=True)
+        journal.rollback(at + 4, "refused")
+        journal.add_snapshot(SnapshotRecord(at + 4, "newest", 1, "x", 3))
+
+        def everything(of: Journal) -> list[object]:
+            return [
+                of.position, of.tokens(0, of.position).tolist(), of.turns(), of.marks(0, of.position), of.segments(),
+                of.snapshots(), of.indexed_through, of.index_seal, of.get_meta("id"),
+            ]  # fmt: skip
+
+        journal.set_meta("id", "a")
+        expected = everything(journal)
+        assert journal.indexed_through
+        journal.drop_rolled_back()
+        assert everything(journal) == expected
+        journal.drop_rolled_back()
+        journal.verify()
+        journal.close()
+        assert b"refused" not in path.read_bytes()
+        again = self.open(path)
+        assert everything(again) == expected
+        # the newest turn goes on
+        assert again.commit(turn, [8], text="said after all") == at + 5
+        assert (again.turns()[-1].turn, again.turns()[-1].text) == (turn, "said after all")
         again.verify()
         again.close()
 

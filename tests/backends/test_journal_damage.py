@@ -337,6 +337,60 @@ def test_a_checkpoint_that_a_reader_holds_up_is_told(path: Path, monkeypatch: py
     journal.close()
 
 
+def test_a_text_that_is_too_large_is_no_damage(path: Path) -> None:
+    journal = SqliteJournal.open(path)
+    limit = journal._rows.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1000)
+    turn = begin_turn(journal)
+    for call in (
+        lambda: journal.commit(turn, [1], text="x" * 2000),
+        lambda: journal.commit(turn, [1] * 500),
+        lambda: journal.set_meta("a", "x" * 2000),
+    ):
+        with pytest.raises(StorageError, match=r"larger than SQLite keeps.*split it") as told:
+            call()
+        assert not isinstance(told.value, CorruptMemoryError)
+    assert journal.commit(turn, [1], text="x") == 231
+    journal._rows.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limit)
+    journal.commit(turn, [1] * 500)
+    journal._rows.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 1000)
+    # what was written is read, so a row that is too large then is damage
+    with pytest.raises(CorruptMemoryError):
+        journal.tokens(231, 731)
+    journal._rows.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limit)
+    journal.close()
+
+
+LEFT = [
+    "segments/a",
+    "snapshots/a",
+    "quarantine/journal.sqlite3.0",
+    f"checkpoints/{'0' * 32}/lock",
+    ".rescued-0.sqlite3",
+]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_a_lost_journal_is_no_new_session(path: Path, left: str) -> None:
+    path.unlink()
+    (path.parent / left).parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / left).write_bytes(b"x")
+    with pytest.raises(CorruptMemoryError, match=r"journal\.sqlite3 is missing.*doctor --rebuild, or delete"):
+        SqliteJournal.open(path)
+    assert not path.exists()
+    assert (path.parent / left).exists()
+
+
+def test_what_one_that_died_before_it_began_leaves_is_no_session(path: Path) -> None:
+    path.unlink()
+    for name in ("segments", "snapshots", "checkpoints", "quarantine", "index.lance/rows.lance"):
+        (path.parent / name).mkdir(parents=True)
+    for name in ("lock", "index.lance/rows.lance/0.lance"):
+        (path.parent / name).write_bytes(b"x")
+    journal = SqliteJournal.open(path)
+    assert journal.position == 0
+    journal.close()
+
+
 @pytest.mark.parametrize("secure", [True, False], ids=["secure_delete", "control-without"])
 def test_deleted_bytes_are_overwritten(tmp_path: Path, secure: bool) -> None:
     path = tmp_path / "journal.sqlite3"

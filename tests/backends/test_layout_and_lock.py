@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from memtier.errors import ConfigError, SessionBusyError
-from memtier_backends.layout import SessionPaths, check_store, remove_session, session_folder, session_folders
+from memtier.errors import ConfigError, SessionBusyError, SessionNotFoundError, StorageError
+from memtier.listing import remove_session_of, remove_tenant
+from memtier_backends.layout import (
+    SessionPaths,
+    check_store,
+    remove_session,
+    session_folder,
+    session_folders,
+    sweep_removed,
+)
 from memtier_backends.lock import SessionLock
+from memtier_backends.space import Space
 
 ODD_IDS = ["a", "A", "../..", "/etc/passwd", "a/b", "a\\b", "\0", " ", "a ", "é", "e\u0301", "\ud800", "x" * 5000, "."]
 
@@ -88,6 +98,99 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next(tmp_path: Path) -> N
     assert session_folders(tmp_path, "t") == [other]
     remove_session(gone)
     assert list(other.parent.iterdir()) == [other]
+
+
+def test_what_removals_left_is_swept_also_while_another_process_does_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep_removed(tmp_path / "there is none")
+    left = [tmp_path / ".removed-0", tmp_path / ".removed-1"]
+    for folder in left:
+        (folder / "segments").mkdir(parents=True)
+        for name in ("a", "segments/b"):
+            (folder / name).write_bytes(b"x")
+    other = tmp_path / "session"
+    other.mkdir()
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (rmtree(left[1], ignore_errors=True), rmtree(path)))
+    unlink = os.unlink
+
+    def unlink_what_is_gone(name: str, **options: int) -> None:
+        unlink(name, **options)
+        monkeypatch.setattr(os, "unlink", unlink)
+        raise FileNotFoundError(2, "another process was faster", name)
+
+    monkeypatch.setattr(os, "unlink", unlink_what_is_gone)
+    sweep_removed(tmp_path)
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_what_cannot_be_swept_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".removed-0").mkdir()
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "not permitted")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(StorageError, match="a removal left"):
+        sweep_removed(tmp_path)
+
+
+def test_a_deletion_that_was_cut_off_is_finished_when_it_is_asked_for_again(tmp_path: Path) -> None:
+    gone = session_folder(tmp_path, "t", "a")
+    (gone.with_name(".removed-0") / "segments").mkdir(parents=True)
+    (tmp_path / ".removed-1").mkdir()
+    with pytest.raises(SessionNotFoundError):
+        remove_session_of(tmp_path, "t", "a")
+    assert list(gone.parent.iterdir()) == []
+    assert remove_tenant(tmp_path, "no sessions") == []
+    assert not (tmp_path / ".removed-1").exists()
+
+
+def test_a_session_that_lost_its_journal_can_be_deleted(tmp_path: Path) -> None:
+    folder = session_folder(tmp_path, "t", "a")
+    SessionPaths(folder).segments.mkdir(parents=True)
+    (SessionPaths(folder).segments / "a").write_bytes(b"x")
+    assert remove_session_of(tmp_path, "t", "a") == []
+    assert not folder.exists()
+
+
+def test_a_full_disk_keeps_nobody_from_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, data: bytes, offset: int) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with SessionLock.acquire(tmp_path), pytest.raises(SessionBusyError, match="held by another process"):
+        SessionLock.acquire(tmp_path)
+
+
+def test_a_folder_that_goes_while_its_lock_is_opened_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tenant" / "session"
+    opened = os.open
+
+    def open_once_it_is_gone(path: Path, *how: int, **options: int) -> int:
+        monkeypatch.setattr(os, "open", opened)
+        remove_session(folder)
+        return opened(path, *how, **options)
+
+    monkeypatch.setattr(os, "open", open_once_it_is_gone)
+    with SessionLock.acquire(folder):
+        assert (folder / "lock").exists()
+
+
+def test_every_folder_that_is_made_for_a_store_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+    monkeypatch.setattr("memtier_backends.space.flush_folder", flushed.append)
+    store = tmp_path / "new" / "deep" / "store"
+    Space(store, min_free_bytes=0, reserve_bytes=0)
+    assert store.is_dir()
+    assert flushed == [tmp_path.parent, tmp_path, tmp_path / "new", tmp_path / "new" / "deep"]
+    # whoever made it may have died before it flushed anything
+    flushed.clear()
+    Space(store, min_free_bytes=0, reserve_bytes=0)
+    assert flushed == [store.parent]
 
 
 def test_a_second_owner_in_this_process_is_refused_by_name(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ copy or none, and what it leaves of one is dropped when the session is opened ne
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -18,7 +19,8 @@ from memtier.folder import META, SessionFolder
 from memtier.recovery.reports import CheckpointInfo
 from memtier_backends.files import flush_folder, link_or_copy, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths, remove_session
+from memtier_backends.layout import SessionPaths, check_never_begun, remove_session
+from memtier_backends.lock import SessionLock
 
 __all__ = ["checkpoints", "drop_checkpoint", "fork_to", "make_checkpoint", "restore_checkpoint"]
 
@@ -123,7 +125,13 @@ def require_checkpoint(paths: SessionPaths, name: str) -> SessionPaths:
 
 
 def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_index: bool) -> None:
-    """Copy to a folder that is not there yet. Raises FileExistsError if it is."""
+    """Copy to a folder that is not there yet, without what was taken back.
+
+    Raises:
+        FileExistsError: there is a session.
+        SessionBusyError: another process is opening one.
+        CorruptMemoryError: there was one, and its journal is lost.
+    """
     # a folder that holds no journal is what a session leaves that died before it began
     if SessionPaths(target).journal.exists():
         raise FileExistsError(target)
@@ -140,6 +148,8 @@ def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_
                 shutil.copytree(source.paths.index, partial.index, copy_function=_link_file)
         copy = SqliteJournal.open(partial.journal)
         try:
+            # a forget reaches what stands in a copy, and nothing else
+            copy.drop_rolled_back()
             for key, value in meta.items():
                 copy.set_meta(key, value)
             if not with_index:
@@ -149,13 +159,41 @@ def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_
         with storage_errors(f"copy the session to {target}"):
             flush_folder(partial.folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            os.rename(partial.folder, target)
+        while not _put_in_place(partial.folder, SessionPaths(target)):
+            pass
+        with storage_errors(f"copy the session to {target}"):
             flush_folder(target.parent)
     except BaseException:
         shutil.rmtree(partial.folder, ignore_errors=True)
         raise
+
+
+def _put_in_place(partial: Path, target: SessionPaths) -> bool:
+    """Rename to a folder in which no session ever began; False if somebody came in between, and it must be tried again.
+
+    What a session leaves there that died before it began goes. Whoever is opening one there holds its lock.
+    """
+    if not target.folder.exists():
+        return _renamed(partial, target.folder)
+    with SessionLock.acquire(target.folder):
+        if target.journal.exists():
+            raise FileExistsError(target.folder)
+        check_never_begun(target.folder)
+        with storage_errors(f"copy the session to {target.folder}"):
+            shutil.rmtree(target.folder)
+        return _renamed(partial, target.folder)
+
+
+def _renamed(partial: Path, target: Path) -> bool:
+    with storage_errors(f"copy the session to {target}"):
+        try:
+            os.rename(partial, target)
+        except OSError as error:
+            # a folder is replaced only while it is empty
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+    return True
 
 
 def _link(source: Path, target: Path, names: list[str]) -> None:

@@ -112,15 +112,18 @@ def test_what_removals_left_is_swept_also_while_another_process_does_so(
     other = tmp_path / "session"
     other.mkdir()
     rmtree = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (rmtree(left[1], ignore_errors=True), rmtree(path)))
-    unlink = os.unlink
+    calls: list[Path] = []
 
-    def unlink_what_is_gone(name: str, **options: int) -> None:
-        unlink(name, **options)
-        monkeypatch.setattr(os, "unlink", unlink)
-        raise FileNotFoundError(2, "another process was faster", name)
+    def remove_beside_another(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            # the other one is faster: it has removed one folder, and is in the middle of this one
+            rmtree(left[1 - left.index(path)])
+            (path / "a").unlink()
+            raise FileNotFoundError(2, "No such file or directory", "a")
+        rmtree(path)
 
-    monkeypatch.setattr(os, "unlink", unlink_what_is_gone)
+    monkeypatch.setattr(shutil, "rmtree", remove_beside_another)
     sweep_removed(tmp_path)
     assert list(tmp_path.iterdir()) == [other]
 

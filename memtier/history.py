@@ -51,19 +51,33 @@ class History:
         return await self.call(lambda: self.journal.begin_turn(**turn))
 
     async def commit(
-        self, turn: int, tokens: NDArray[np.int32] | Sequence[int], *, text: str | None = None, mark: bool = False
-    ) -> None:
-        """Append tokens: on return they are acknowledged."""
+        self, turn: int, tokens: NDArray[np.int32] | Sequence[int], *, text: str | None = None, mark: bool = False,
+        has_room: bool = False,
+    ) -> None:  # fmt: skip
+        """Append tokens: on return they are acknowledged.
+
+        Args:
+            turn, tokens, text, mark: see `Journal.commit`.
+            has_room: the caller asked for room before (`ask_for_room`), or ends what it was given room for.
+
+        Raises:
+            StorageFullError: nothing new may be taken, or nothing can be written.
+        """
         before, after = self.position, self.position + len(tokens)
 
         def once() -> int:
             # a commit whose answer was lost must not be sent twice
             if self.journal.position == after != before:
                 return after
-            self.check_room()
+            if not has_room:
+                self.check_room()
             return self.journal.commit(turn, tokens, text=text, mark=mark)
 
         self.position = await self.call(once)
+
+    async def ask_for_room(self) -> None:
+        """Raises StorageFullError where nothing new may be taken."""
+        await self.call(self.check_room)
 
     async def rollback(self, position: int, reason: str) -> None:
         """Take back the tokens >= position."""

@@ -14,15 +14,16 @@ import anyio.abc
 from memtier.batching import DecodeBatcher
 from memtier.blocks import MemorySettings
 from memtier.config import MemoryConfig
+from memtier.errors import StorageError, StorageFullError
 from memtier.folder import Backends, SessionFolder
 from memtier.history import History
 from memtier.reader import Reader
 from memtier.recovery.forget import resume
 from memtier.retention import Retention
-from memtier.threads import WorkerThread
+from memtier.threads import WorkerThread, shielded
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.landmarks import Held
-from memtier.tiers.retry import retry
+from memtier.tiers.retry import is_transient, retry
 from memtier.tiers.storage import StorageTier
 from memtier.tiers.weights import WeightsTier
 from memtier.timeline import Timeline
@@ -36,6 +37,8 @@ from memtier_backends.space import Space
 __all__ = ["Parts", "Shared"]
 
 log = logging.getLogger("memtier")
+
+OPENING_BYTES = 2**20  # SQLite writes far less to open a journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,30 @@ class Shared:
 
         Raises as `SessionFolder.open`; SessionBusyError also where that forget concerns a fork that is open elsewhere.
         """
+        try:
+            return await self._open_folder(session_id, folder)
+        except StorageError as error:
+            # to open takes room, too, if only to read: what was set aside for what must still work
+            if not await self.journal.run(self._is_full, error) or not await self.journal.run(self.space.release):
+                raise
+        try:
+            return await self._open_folder(session_id, folder)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._fill_reserve()
+
+    def _is_full(self, error: StorageError) -> bool:
+        # where SQLite finds no room for its shared memory it speaks of a disk I/O error
+        full = is_transient(error) and self.space.free_bytes < OPENING_BYTES
+        return full or isinstance(error, StorageFullError)
+
+    async def _fill_reserve(self) -> None:
+        try:
+            await self.journal.run(self.space.fill)
+        except StorageError as error:
+            log.warning("nothing was set aside again: %s", error)
+
+    async def _open_folder(self, session_id: str, folder: Path) -> SessionFolder:
         identity = {"id": session_id, "tenant": self.tenant}
         opening = partial(
             SessionFolder.open, folder, self.backends, identity=identity, weights=self.weights, settings=self.settings
@@ -143,7 +170,8 @@ class Shared:
         views = Views(
             session_id, self.weights, timeline, storage, updater, model=self.model, io=io, journal=self.journal
         )
-        done = await self.tasks.start(updater.run)
+        # a cancel between its start and its word would wait for a task that nobody has told to stop
+        done = await shielded(self.tasks.start(updater.run))
         return Parts(timeline, storage, updater, views, io, done)
 
 

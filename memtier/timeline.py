@@ -23,6 +23,7 @@ from memtier.reader import Manner, Reader, StepResult
 from memtier.replay import Progress, Replay
 from memtier.retention import Retention
 from memtier.threads import WorkerThread, shielded
+from memtier.tiers.retry import retry
 from memtier.updater import Updater
 from memtier_backends.base import SegmentStore
 from memtier_backends.records import SnapshotRecord
@@ -99,6 +100,7 @@ class Timeline:
             ModelError: the model refuses tokens that it once read.
             StorageError: memory cannot be read or written.
         """
+        await self._end_answer()
         if self.reader.cache is None:
             await self._restore()
         await self._replay.read(self.reader, self._after, on_progress)
@@ -126,7 +128,8 @@ class Timeline:
 
     async def _load(self, record: SnapshotRecord) -> bool:
         try:
-            data = await self._io.run(self._snapshots.get, record.name)
+            read = partial(self._io.run, self._snapshots.get, record.name)
+            data = await retry(read, f"reading snapshot {record.name}")
             await self._model.run(self.reader.restore, data, record.name, record.hash, record.first_block)
         except (StorageError, IncompatibleMemoryError) as error:
             # a snapshot only saves time: the journal holds the same, and an older snapshot or none will do
@@ -187,6 +190,8 @@ class Timeline:
 
         async def step_and_commit() -> int:
             try:
+                # here and not when it is committed: what was sampled and told must end where it is, room or not
+                await self.history.ask_for_room()
                 token, result = await self.batcher.sample(self.reader, self._unread, manner, choose)
             except StorageError:
                 await self.acknowledge()
@@ -210,8 +215,13 @@ class Timeline:
         await self._commit_sampled()
         if self._answer_turn is not None and self._answer_from < self.history.position and self._decode is not None:
             answer = await self.history.tokens(self._answer_from, self.history.position)
-            await self.history.commit(self._answer_turn, [], text=self._decode(answer))
+            await self.history.commit(self._answer_turn, [], text=self._decode(answer), has_room=True)
         self._unread = self._answer_turn = None
+
+    async def _end_answer(self) -> None:
+        """Acknowledge an answer that was left before it could be: whoever calls this is not sampling."""
+        if self._sampled:
+            await shielded(self.acknowledge())
 
     async def _commit_sampled(self) -> None:
         if self._sampled:
@@ -219,7 +229,7 @@ class Timeline:
                 assert self._answer_manner is not None, "an answer was begun"
                 self._answer_turn = await self.begin_turn("assistant", self._answer_manner)
                 self._answer_from = self.history.position
-            await self.history.commit(self._answer_turn, np.array(self._sampled, np.int32))
+            await self.history.commit(self._answer_turn, np.array(self._sampled, np.int32), has_room=True)
             self._sampled = []
 
     async def _take_back(self, error: Exception) -> None:
@@ -257,6 +267,7 @@ class Timeline:
 
     async def snapshot(self) -> None:
         """Offer a snapshot of this moment, unless there is one or nothing was read."""
+        await self._end_answer()
         if self.reader.cache is not None and self.reader.position > self._snapshot_at:
             position = self.reader.position
             self._updater.offer_snapshot(position, *await self._model.run(self.reader.snapshot))

@@ -244,7 +244,7 @@ class Updater:
                 await self._writer.merge(neighbours)
                 self.merges += 1
                 merged = True
-        except (StorageError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  only files are saved by it: what stops a merge stops nothing else
             log.warning("session %r: small segments were not merged: %s", self._name, error)
             if not is_transient(error):
                 self._left_alone |= {block for m in neighbours for block in (m.first_block, m.end_block)}

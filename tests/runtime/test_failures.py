@@ -71,6 +71,44 @@ async def test_a_session_whose_store_failed_for_good_is_whole_at_the_next_open(o
     torch.testing.assert_close(seen.logits, after_all, **EXACT)
 
 
+async def test_whatever_stops_a_merge_stops_nothing_else(open_store, ids, after_all, monkeypatch) -> None:
+    def no_memory(*_):
+        raise MemoryError("no memory for a merge")
+
+    monkeypatch.setattr("memtier.writing.merged", no_memory)
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        for at in range(0, 200, 5):
+            await session.observe(ids[at : at + 5])
+            await session.flush()
+        await session.updater.rest()
+        assert session.stats().merges == 0 and session.stats().segments > 20
+        seen = await session.observe(ids[200:], logits=True)
+    torch.testing.assert_close(seen.logits, after_all, **EXACT)
+
+
+@pytest.mark.parametrize("durability", ["turn", "token"])
+async def test_an_answer_whose_end_could_not_be_written_is_written_by_the_next_call(
+    open_store, ids, durability
+) -> None:
+    faults = Faults()
+    async with open_store(faults=faults, durability=durability) as runtime:
+        session = await runtime.session("a")
+        generation = session.generate(ids[:60], max_new_tokens=20)
+        await anext(generation)
+        await anext(generation)
+        faults.fail_always, faults.operations = True, frozenset({"journal.commit"})
+        with pytest.raises(StorageError):
+            await session.observe(ids[60:100])
+        faults.fail_always = False
+        assert session.position == 62
+        await session.observe(ids[60:100])
+        assert (await session.timeline.tokens(60, 102)).tolist() == [*generation.token_ids, *ids[60:100]]
+        await session.flush()
+        await session.close()
+        assert (await runtime.session("a")).position == 102
+
+
 async def test_a_failing_session_stops_no_other(open_store, ids) -> None:
     faults = Faults()
     with anyio.fail_after(60):

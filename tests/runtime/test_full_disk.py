@@ -14,6 +14,7 @@ import torch
 
 import memtier
 from memtier.errors import StorageError, StorageFullError
+from memtier.folder import SessionFolder
 from memtier.runtime import Runtime
 from memtier_backends.faults import Faults
 from memtier_backends.space import Space
@@ -36,7 +37,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 async def test_below_the_watermark_nothing_is_taken_and_all_can_be_read(open_store, ids, monkeypatch) -> None:
@@ -55,6 +56,30 @@ async def test_below_the_watermark_nothing_is_taken_and_all_can_be_read(open_sto
         assert report.position == 150
         monkeypatch.undo()
         assert (await session.observe(ids[200:])).position == 250
+
+
+@pytest.mark.parametrize("durability", ["turn", "token"])
+async def test_below_the_watermark_an_answer_ends_where_it_is(open_store, ids, monkeypatch, durability) -> None:
+    async with open_store(min_free_bytes=1000, durability=durability) as runtime:
+        session = await runtime.session("a")
+        generation = session.generate(ids[:60], max_new_tokens=20)
+        await anext(generation)
+        await anext(generation)
+        monkeypatch.setattr(Space, "free_bytes", 999)
+        with pytest.raises(StorageFullError):
+            await anext(generation)
+        assert session.position == 62
+        assert (await session.timeline.tokens(60, 62)).tolist() == list(generation.token_ids)
+        assert (await session.forget(start=10, end=20)).position == 52
+        other = await runtime.session("b")
+        monkeypatch.undo()
+        generation = other.generate(ids[:60], max_new_tokens=20)
+        await anext(generation)
+        monkeypatch.setattr(Space, "free_bytes", 999)
+        # another call ends it
+        assert (await other.forget(start=10, end=20)).position == 51
+        assert [turn.role for turn in await other.history()] == ["user", "assistant"]
+        await other.close()
 
 
 def fill(ballast: Path) -> None:
@@ -100,6 +125,42 @@ async def test_a_disk_that_fills_up_loses_nothing_and_goes_on_when_there_is_room
         torch.testing.assert_close(*logits, **EXACT)
         assert (small_disk / "store" / ".reserve").stat().st_size == 1_000_000
     shutil.rmtree(small_disk / "store")
+
+
+async def test_a_closed_session_is_opened_on_a_full_disk_and_can_be_read(small_disk, model, tokenizer) -> None:
+    def opened() -> Runtime:
+        config = memtier.MemoryConfig(min_free_bytes=0, reserve_bytes=1_000_000, snapshot_every_tokens=64)
+        return memtier.open(small_disk / "store", model=model, tokenizer=tokenizer, config=config)
+
+    async with opened() as runtime:
+        await (await runtime.session("a")).observe("Zebras graze. " * 20)
+    fill(small_disk / "ballast")
+    async with opened() as runtime:
+        session = await runtime.session("a")
+        assert "Zebras" in (await session.recall("zebras"))[0].text
+        assert (await session.history())[0].text == "Zebras graze. " * 20
+        assert (await session.block(0)).text == "Zeb"
+
+
+async def test_a_session_that_finds_no_room_is_opened_with_what_was_set_aside(
+    open_store, ids, tmp_path, monkeypatch
+) -> None:
+    async with open_store(min_free_bytes=0, reserve_bytes=1000) as runtime:
+        await (await runtime.session("a")).observe(ids[:50])
+    reserve = tmp_path / "store" / ".reserve"
+    opening = SessionFolder.open
+
+    def full_while_reserved(*arguments, **more) -> SessionFolder:
+        if reserve.exists():
+            raise StorageFullError("no room for the journal's shared memory")
+        return opening(*arguments, **more)
+
+    monkeypatch.setattr(SessionFolder, "open", full_while_reserved)
+    async with open_store(min_free_bytes=0, reserve_bytes=1000) as runtime:
+        assert reserve.exists()
+        assert (await runtime.session("a")).position == 50
+        # there is room for it again
+        assert reserve.stat().st_size == 1000
 
 
 async def test_limits_and_waiting_are_shown(open_store, ids) -> None:

@@ -7,10 +7,12 @@ import threading
 import pytest
 import torch
 
+from memtier.errors import StorageError
 from memtier.testing import tiny_model
 from memtier.tiers.state import superseded
 from memtier.timeline import Timeline
 from memtier_backends.layout import SessionPaths, session_folder
+from memtier_backends.segment_store import FileSegmentStore
 
 pytestmark = pytest.mark.anyio
 
@@ -97,6 +99,24 @@ async def test_a_snapshot_whose_blocks_are_not_on_disk_is_not_used(open_store, i
         assert session.timeline.restored_from <= lost.start + 20
         rest = (await session.observe(ids[200:], logits=True)).logits
     torch.testing.assert_close(rest, whole[200:], **EXACT)
+
+
+async def test_a_snapshot_that_cannot_be_read_at_first_is_read_at_the_next_try(open_store, ids, monkeypatch) -> None:
+    async with open_store() as runtime:
+        await (await runtime.session("a")).observe(ids)
+    reading, tries = FileSegmentStore.get, []
+
+    def busy_at_first(store: FileSegmentStore, name: str, *part) -> bytes:
+        if "snapshots" in str(store.folder):
+            tries.append(name)
+            if len(tries) == 1:
+                raise StorageError("the disk is busy.")
+        return reading(store, name, *part)
+
+    monkeypatch.setattr(FileSegmentStore, "get", busy_at_first)
+    async with open_store() as runtime:
+        assert replayed(await runtime.session("a")) == 0
+        assert len(tries) == 2 and tries[0] == tries[1]
 
 
 class Progress:

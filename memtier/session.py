@@ -7,11 +7,12 @@ Calls on one session take turns; a new one ends a generation that was left unfin
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyarrow as pa
 import torch
@@ -225,22 +226,22 @@ class Session(OpenSession):
         await self._ready_to_look()
         return await self._views.report()
 
-    def blocks(self, start: int = 0, end: int | None = None) -> pa.RecordBatchReader:
+    def blocks(self, start: SupportsIndex = 0, end: SupportsIndex | None = None) -> pa.RecordBatchReader:
         """Contents of the blocks that hold tokens of [start, end): text, tokens, provenance, innovation, landmarks.
 
         Read batch by batch as the reader is advanced; K and V are in `block`.
         """
         self._check_open()
-        return self._views.blocks(start, end)
+        return self._views.blocks(_whole("start", start), None if end is None else _whole("end", end))
 
-    async def block(self, block_id: int) -> BlockContent:
+    async def block(self, block_id: SupportsIndex) -> BlockContent:
         """One block of long-term memory with its K, V, landmarks and innovation, all read-only.
 
         Raises:
             SessionError: there is no such block.
         """
         self._check_open()
-        return await self._views.block(block_id)
+        return await self._views.block(_whole("block_id", block_id))
 
     async def state(self, layer: int) -> dict[str, torch.Tensor]:
         """Copies of all that one layer carries on the device, by name."""
@@ -285,10 +286,11 @@ class Session(OpenSession):
         async with self.exclusive(None):
             await self.updater.flush()
 
-    async def history(self, start: int = 0, end: int | None = None) -> list[TurnInfo]:
+    async def history(self, start: SupportsIndex = 0, end: SupportsIndex | None = None) -> list[TurnInfo]:
         """The turns that hold a token of [start, end), oldest first: role, time, span, text and provenance."""
+        first, last = _whole("start", start), None if end is None else _whole("end", end)
         async with self.exclusive(None, catch_up=False):
-            turns = await self.timeline.history.turns(start, self.position if end is None else end)
+            turns = await self.timeline.history.turns(first, self.position if last is None else last)
             return [await self._turn_info(turn) for turn in turns]
 
     async def checkpoint(self, name: str) -> None:
@@ -399,6 +401,14 @@ class Session(OpenSession):
 
     def _stacked(self, kept: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(kept) if kept else torch.empty(0, self._weights.config.vocab_size)
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    """A whole number as Python's own: numpy's, for one, is no value for the journal."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number.") from None
 
 
 def _check_label(name: str, value: Any) -> None:

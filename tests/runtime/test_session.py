@@ -6,11 +6,13 @@ import gc
 import inspect
 import json
 import math
+import threading
 import weakref
 from contextlib import closing
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +27,8 @@ from memtier.errors import (
 from memtier.runtime import Runtime
 from memtier.testing import tiny_model
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.faults import Faults
 from memtier_backends.journal_sqlite import SqliteJournal
+from memtier_backends.segment_store import FileSegmentStore
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +91,9 @@ async def test_a_damaged_snapshot_costs_time_and_nothing_else(open_store, ids, t
         whole = (await (await runtime.session("a")).observe(ids, logits=True)).logits
     async with open_store() as runtime:
         await (await runtime.session("a")).observe(ids[:200])
-    for snapshot in (tmp_path / "store").rglob("snapshots/*.safetensors"):
+    snapshots = list((tmp_path / "store").rglob("snapshots/*.safetensors"))
+    assert snapshots
+    for snapshot in snapshots:
         data = bytearray(snapshot.read_bytes())
         data[len(data) // 2] ^= 1
         snapshot.write_bytes(data)
@@ -109,7 +113,9 @@ async def test_turns_read_in_other_ways_are_replayed_as_they_were(open_store, id
                     async for piece in session.generate(ids[at + 95 : at + 100], max_new_tokens=3, retrieval="off")
                 ]
         if replayed:
-            for snapshot in (tmp_path / name).rglob("snapshots/*"):
+            snapshots = list((tmp_path / name).rglob("snapshots/*"))
+            assert snapshots
+            for snapshot in snapshots:
                 snapshot.unlink()
         async with open_store(name) as runtime:
             return (await (await runtime.session("a")).observe(ids[200:], logits=True)).logits
@@ -139,11 +145,20 @@ async def test_recall_finds_a_passage_with_its_provenance(open_store) -> None:
 
 
 async def test_pending_blocks_bytes_and_lag_are_shown(open_store, ids) -> None:
-    slow = Faults(latency_seconds=0.2, operations=frozenset({"segments.put"}))
-    async with open_store(faults=slow) as runtime:
-        session = await runtime.session("a")
-        await session.observe(ids)
-        (before,) = runtime.stats().sessions
+    released = threading.Event()
+
+    class HeldStore(FileSegmentStore):
+        def put(self, name: str, data: bytes) -> None:
+            assert released.wait(60)
+            super().put(name, data)
+
+    async with open_store(segments=HeldStore) as runtime:
+        try:
+            session = await runtime.session("a")
+            await session.observe(ids)
+            (before,) = runtime.stats().sessions
+        finally:
+            released.set()
         await session.flush()
         (after,) = runtime.stats().sessions
     assert before.inbox_blocks == before.lag_tokens / 4 == 70
@@ -348,12 +363,9 @@ async def test_a_deleted_session_is_gone(open_store, tmp_path) -> None:
 async def test_closing_in_another_task_is_refused_clearly(open_store) -> None:
     runtime: Runtime = open_store()
     await runtime.__aenter__()
-    try:
-        with pytest.raises(SessionError, match="task"):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(runtime.__aexit__, None, None, None)
-    except* SessionError:
-        pass
+    with pytest.RaisesGroup(pytest.RaisesExc(SessionError, match="task")):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(runtime.__aexit__, None, None, None)
     await runtime.__aexit__(None, None, None)
 
 
@@ -395,6 +407,22 @@ def test_the_blocking_store_does_what_the_async_one_does(tmp_path: Path, tokeniz
         assert session.inspect().position == session.position
         assert session.blocks().read_all().num_rows > 10
     assert [info.id for info in memtier.list_sessions(tmp_path / "store")] == ["a"]
+
+
+async def test_whole_numbers_of_any_kind_are_taken_and_others_are_refused_by_name(open_store, ids) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:100])
+        first, last, block = np.int64(50), np.uint32(60), np.int16(3)
+        assert len(await session.history(first, last)) == 1
+        assert session.blocks(first, last).read_all().num_rows == 3
+        assert (await session.block(block)).block_id == 3
+        with pytest.raises(ConfigError, match=r"start is 1\.5"):
+            await session.history(1.5)
+        with pytest.raises(ConfigError, match="end is '9'"):
+            session.blocks(0, "9")
+        with pytest.raises(ConfigError, match="block_id is None"):
+            await session.block(None)
 
 
 def test_the_blocking_store_keeps_no_session_that_was_closed(tmp_path: Path, tokenizer) -> None:

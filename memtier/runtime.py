@@ -18,7 +18,7 @@ import torch
 
 from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
-from memtier.errors import ConfigError, MemtierError, SessionError
+from memtier.errors import ConfigError, MemtierError, SessionError, StorageError
 from memtier.folder import Backends
 from memtier.listing import describe_all
 from memtier.open_sessions import OpenSessions
@@ -34,7 +34,7 @@ from memtier.text import check_text
 from memtier.threads import WorkerThread
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.layout import check_store, session_folder, session_folders
+from memtier_backends.layout import check_store, session_folder, session_folders, sweep_removed
 from memtier_backends.space import Space
 
 __all__ = ["Runtime", "open"]
@@ -102,6 +102,7 @@ class Runtime:
             self._batcher = DecodeBatcher(self._model_thread, self._config.max_batch_sessions)
             self._log_estimate()
             self._space = await self._journal_thread.run(self._set_space_aside)
+            await self._journal_thread.run(self._sweep)
             self._shared = Shared(
                 self._store, self._tenant, self._config, self._settings, self._weights, self._pool, self._batcher,
                 self._backends, self._space, self._model_thread, self._journal_thread, self._tasks,
@@ -263,6 +264,14 @@ class Runtime:
         space = Space(self._store, min_free_bytes=config.min_free_bytes, reserve_bytes=config.reserve_bytes)
         space.fill()
         return space
+
+    def _sweep(self) -> None:
+        """Remove what removals that were cut off have left: it is forgotten already, and only its bytes are there."""
+        for folder in (self._store, session_folder(self._store, self._tenant, "any").parent):
+            try:
+                sweep_removed(folder)
+            except StorageError as error:
+                log.warning("what a removal left could not be removed: %s", error)
 
     def _stop_threads(self) -> None:
         for thread in (self._model_thread, self._journal_thread):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from pathlib import Path
 
 import anyio
 import pytest
 import torch
 
+import memtier.runtime as runtime_module
 from memtier.errors import (
     CorruptMemoryError,
     IncompatibleMemoryError,
@@ -253,6 +255,29 @@ async def test_a_damaged_segment_is_loud_and_the_tokens_stay_acknowledged(open_s
         for segment, data in zip(segments, whole, strict=True):
             segment.write_bytes(data)
         assert (await session.observe(ids[:10])).position == 310
+
+
+async def test_what_a_removal_left_goes_when_the_store_is_opened_next(
+    open_store, tmp_path, monkeypatch, caplog
+) -> None:
+    async with open_store() as runtime:
+        await (await runtime.session("a")).observe("hello")
+    tenant = session_folder(tmp_path / "store", "default", "a").parent
+    left = [tmp_path / "store" / ".removed-tenant", tenant / ".removed-session"]
+    for folder in left:
+        (folder / "segments").mkdir(parents=True)
+    sweep = runtime_module.sweep_removed
+
+    def refused(folder: Path) -> None:
+        raise StorageError(f"cannot remove what is in {folder}")
+
+    monkeypatch.setattr(runtime_module, "sweep_removed", refused)
+    async with open_store() as runtime:
+        assert (await runtime.session("a")).position > 0
+        assert caplog.text.count("what a removal left could not be removed") == 2
+    monkeypatch.setattr(runtime_module, "sweep_removed", sweep)
+    async with open_store():
+        assert not any(folder.exists() for folder in left)
 
 
 async def test_a_store_of_a_newer_version_is_refused(open_store, tmp_path) -> None:

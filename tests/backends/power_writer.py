@@ -4,7 +4,7 @@
 
 JOBS: a file with a JSON list of jobs: ROOT, SHADOW and AT as power_cut.c takes them, seed, and `said`, a file. How each
 ended goes to stdout. Each line of `said` is a JSON list: "maybe" and the tokens that stand if the operation that begins
-is done, "done" and the tokens that stand.
+is done, "done" and the tokens that stand, "kept" and those of the copy that was made.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ def write(store: Path, seed: int) -> None:
     paths = SessionPaths(session_folder(store, "tenant", "session"))
     with SessionLock.acquire(paths.folder):
         journal = SqliteJournal.open(paths.journal)
-        segments, snapshots = FileSegmentStore(paths.segments), FileSegmentStore(paths.snapshots)
         tokens: list[int] = []
         kept: list[int] | None = None
         copy = paths.folder / "copy.sqlite3"
@@ -48,6 +47,18 @@ def write(store: Path, seed: int) -> None:
                 segments.delete(name)
                 snapshots.delete(name)
 
+        def commit() -> None:
+            nonlocal tokens
+            new = [choose.randrange(1000) for _ in range(choose.randrange(1, 3) * BLOCK_TOKENS)]
+            say("maybe", tokens + new)
+            journal.commit(begin_turn(journal), new)
+            tokens = tokens + new
+            say("done", tokens)
+
+        if seed % 2:
+            # with its first commit SQLite flushes the session's folder, which would hide that the stores do not
+            commit()
+        snapshots, segments = FileSegmentStore(paths.snapshots), FileSegmentStore(paths.segments)
         for _ in range(40):
             what = choose.choice(
                 ["commit"] * 6
@@ -55,11 +66,7 @@ def write(store: Path, seed: int) -> None:
                 + ["merge", "merge", "drop", "snapshot", "forget", "keep", "restore", "fold"]
             )
             if what == "commit":
-                new = [choose.randrange(1000) for _ in range(choose.randrange(1, 3) * BLOCK_TOKENS)]
-                say("maybe", tokens + new)
-                journal.commit(begin_turn(journal), new)
-                tokens = tokens + new
-                say("done", tokens)
+                commit()
             elif what == "segment":
                 known = journal.segments()
                 stored = known[-1].end_block if known else journal.first_block
@@ -94,6 +101,7 @@ def write(store: Path, seed: int) -> None:
             elif what == "keep" and not copy.exists():
                 journal.copy_to(copy)
                 kept = tokens
+                say("kept", kept)
             elif what == "restore" and kept is not None:
                 say("maybe", kept)
                 journal.replace_with(copy)

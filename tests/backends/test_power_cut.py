@@ -84,6 +84,18 @@ def check(store: Path, said: list) -> None:
             assert content_hash(snapshots.get(record.name)) == record.hash
     finally:
         journal.close()
+    kept = [tokens for kind, tokens in said if kind == "kept"]
+    copy = paths.folder / "copy.sqlite3"
+    if not copy.exists():
+        assert not kept, "a copy that was made is gone"
+        return
+    # it appears whole, also where the power failed before it was acknowledged
+    journal = SqliteJournal.open(copy, read_only=True)
+    try:
+        journal.verify()
+        assert not kept or journal.tokens(0, journal.position).tolist() == kept[-1]
+    finally:
+        journal.close()
 
 
 def check_points(tmp_path: Path, shim: Path, points: int, seed: int) -> None:

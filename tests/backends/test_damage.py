@@ -52,8 +52,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Stored:
         journal.commit(turn, ids, text=f"text of turn {number}", mark=number % 2 == 0)
         remember()
         if number == 3:
+            # of the second of these two part still stands
             journal.commit(turn, [1] * 5)
             journal.rollback(journal.position - 5, "test")
+            journal.commit(turn, [2, 3, 4, 5, 6])
+            journal.rollback(journal.position - 3, "test")
+            remember()
             journal.checkpoint()
         data, manifest = pack_segment(make_payloads(8 * number, 8))
         segments.put(manifest.name, data)
@@ -137,9 +141,8 @@ def test_no_damage_is_read_in_silence(stored: Stored, tmp_path: Path, kind: str)
         except MemtierError:
             loud += 1
         else:
-            # a log that lost its end is a session that ended earlier: SQLite drops what does not have its checksum
-            loud += position < len(stored.tokens)
-            assert tokens == (stored.tokens[:position] if wal else stored.tokens), how
+            # a log that lost its end is a session that ended earlier; the last transaction here holds no tokens
+            assert tokens == (stored.tokens[:position] if wal and how.startswith("cut") else stored.tokens), how
         answers = everything(journal, FileSegmentStore(paths.segments), FileSegmentStore(paths.snapshots))
         loud += any(isinstance(answer, MemtierError) for answer in answers.values())
         for what, answer in answers.items():

@@ -23,7 +23,7 @@ from memtier.session import Session
 from memtier.text import check_text
 from memtier.threads import shielded
 from memtier.tiers.landmarks import Held
-from memtier_backends.layout import session_folder
+from memtier_backends.layout import session_folder, session_folders
 
 __all__ = ["OpenSessions"]
 
@@ -60,8 +60,8 @@ class OpenSessions:
                 async with self._place(adapter) as shared:
                     if reread:
                         await shared.journal.run(
-                            give_to, folder, shared.backends, self._identity(session_id), shared.weights,
-                            shared.settings,
+                            give_to, folder, session_folders(shared.store, shared.tenant), shared.backends,
+                            self._identity(session_id), shared.weights, shared.settings,
                         )  # fmt: skip
                     session = await self._opened(session_id, folder, shared, on_progress=on_progress)
                     self._sessions[session_id] = session

@@ -6,6 +6,7 @@ What is read then is the text of each turn; where both models have the same toke
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from memtier.blocks import MemorySettings
 from memtier.errors import IncompatibleMemoryError
 from memtier.folder import EDITION, META, WEIGHTS, Backends, all_values, check_owner, written_by
-from memtier.recovery.forget import open_copy
+from memtier.recovery.forget import open_copy, resume
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import Journal
 from memtier_backends.journal_sqlite import SqliteJournal
@@ -29,12 +30,22 @@ COMMIT_TOKENS = 512
 
 
 def reread(
-    folder: Path, backends: Backends, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings
-) -> bool:
+    folder: Path, siblings: Sequence[Path], backends: Backends, identity: dict[str, str], weights: WeightsTier,
+    settings: MemorySettings,
+) -> bool:  # fmt: skip
     """Make a session's journal one that this model can read, in one transaction. Returns whether it had to be.
 
+    Turns keep their numbers and the session its lineage, so that forks are still known as such.
+
+    Args:
+        folder: the session's.
+        siblings: folders of its tenant's sessions; a forget that was cut off goes on in forks, too.
+        backends: what it is made of.
+        identity: whose it must be.
+        weights, settings: who is to read it.
+
     Raises:
-        SessionBusyError: someone has it open.
+        SessionBusyError: someone has it open, or a fork that a forget which was cut off must go on in.
         IncompatibleMemoryError: another tokenizer, and a turn whose text is not known; nothing was changed.
     """
     if not SessionPaths(folder).journal.exists():
@@ -51,11 +62,13 @@ def reread(
                 raise
         else:
             return False
+        # the copy says nothing of what is still to be forgotten
+        resume(session, siblings)
         partial = session.paths.partial()
         partial.mkdir()
         copy = SqliteJournal.open(partial / "journal.sqlite3", scratch=True)
         try:
-            about = {"lineage": uuid4().hex, "reread_from": meta["model"]["name"], **written_by(weights, settings)}
+            about = {"reread_from": meta["model"]["name"], **written_by(weights, settings)}
             copy.set_meta(META, {**meta, **about})
             copy.set_meta(WEIGHTS, all_values(weights))
             copy.set_meta(EDITION, uuid4().hex)
@@ -95,6 +108,9 @@ def _fill(
             number = copy.begin_turn(
                 role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
                 retrieval=turn.retrieval, span_blocks=settings.span_blocks, retained_from=retained_from,
+                turn=turn.turn,
+                # counted in tokens, which are others for another tokenizer
+                forgotten=turn.forgotten if same_tokens else (),
             )  # fmt: skip
             _commit(copy, number, tokens, turn.text, {mark - turn.start for mark in marks})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from memtier.errors import IncompatibleMemoryError
+from memtier.recovery.forget import begin
 from memtier.testing import tiny_model
 from memtier.training.tokenizer import write_byte_tokenizer
 
@@ -100,3 +101,47 @@ async def test_token_ids_cannot_be_read_by_another_tokenizer(open_store, ids, sh
 async def test_a_new_session_needs_no_rereading(open_store) -> None:
     async with open_store() as runtime:
         assert (await runtime.session("new", reread=True)).position == 0
+
+
+async def test_turns_keep_their_numbers_and_what_was_forgotten_and_forks_are_known(
+    open_store, shifted_tokenizer
+) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        for text in ("The first. ", TEXT, "Something else. ", "The last. "):
+            await session.observe(text)
+        await session.fork("b")
+        await session.forget(turn=1, forks=False)
+        (turn, *_) = await session.history()
+        await session.forget(start=turn.start + 4, end=turn.start + 8, forks=False)
+        before = session.folder.journal.turns()
+        assert [turn.turn for turn in before] == [0, 2, 3] and before[0].forgotten == ((4, 8),)
+    async with open_store(model=tiny_model(seed=5, dtype=torch.float64)) as runtime:
+        session = await runtime.session("a", reread=True)
+        after = session.folder.journal.turns()
+        assert [(turn.turn, turn.forgotten) for turn in after] == [(turn.turn, turn.forgotten) for turn in before]
+        # the fork is another model's still, and is found
+        report = await session.forget(turn=2, forks=False)
+        assert report.still_held_by == ("b",)
+        await session.close()
+    async with open_store(tokenizer=shifted_tokenizer) as runtime:
+        session = await runtime.session("b", reread=True)
+        assert [turn.turn for turn in await session.history()] == [0, 1, 2, 3]
+        assert await runtime.delete_session("a") == ["b"]
+
+
+async def test_a_forget_that_was_cut_off_goes_on_before_another_model_reads_the_session(open_store) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(TEXT * 2)
+        fork = await session.fork("b")
+        await fork.close()
+        kept = (await session.timeline.tokens(0, session.position)).tolist()
+        # as it is left by who died after writing it down
+        begin(session.folder, 10, 30, keep_first=True, wide=True)
+        await session.close_within(write=False)
+    async with open_store(model=tiny_model(seed=5, dtype=torch.float64)) as runtime:
+        for session_id in ("a", "b"):
+            session = await runtime.session(session_id, reread=True)
+            tokens = (await session.timeline.tokens(0, session.position)).tolist()
+            assert tokens == kept[:10] + kept[30:]

@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from memtier.errors import ConfigError
 from memtier.reports import FinishReason
 from memtier.text import IncrementalText, StopText, TextCodec, check_text
+from memtier.threads import own_task, to_the_end
 
 __all__ = ["Generation", "Sampler", "TokenLine", "check_stop"]
 
@@ -114,6 +115,7 @@ class Generation:
         self._shown: list[str] = []
         self._tokens: list[int] = []
         self._reason: FinishReason | None = None
+        self._turns = anyio.Lock()
 
     @property
     def text(self) -> str:
@@ -134,21 +136,17 @@ class Generation:
         return self
 
     async def __anext__(self) -> str:
-        """The next piece.
+        """The next piece. Two tasks that ask at a time take turns.
 
         Raises:
             ModelError: the model refused a step; the session goes on without that token.
             StorageError: memory could not be read or written.
         """
-        while self._reason is None:
-            piece = await self._advance()
-            if self._codec.tokenizer is None:
-                if piece is not None:
-                    return piece
-            elif piece:
-                self._shown.append(piece)
-                return piece
-        raise StopAsyncIteration
+        try:
+            return await self._next()
+        except anyio.get_cancelled_exc_class():
+            await self._end("cancelled")
+            raise
 
     def note_closed(self) -> None:
         """Its session ended it, for another call."""
@@ -157,10 +155,7 @@ class Generation:
 
     async def aclose(self) -> None:
         """End it; what was sampled so far is part of the session."""
-        if self._reason is None:
-            self._reason = "closed"
-            with anyio.CancelScope(shield=True):
-                await self._line.end()
+        await self._end("closed")
 
     async def __aenter__(self) -> Generation:
         return self
@@ -170,16 +165,24 @@ class Generation:
     ) -> None:
         await self.aclose()
 
+    @own_task
+    async def _next(self) -> str:
+        async with self._turns:
+            while self._reason is None:
+                piece = await self._advance()
+                if self._codec.tokenizer is None:
+                    if piece is not None:
+                        return piece
+                elif piece:
+                    self._shown.append(piece)
+                    return piece
+        raise StopAsyncIteration
+
     async def _advance(self) -> str | None:
         """One step, and the text it completes: '' for none; None if there was no step."""
         try:
             token = await self._line.next(self._sampler)
-        except anyio.get_cancelled_exc_class():
-            self._reason = "cancelled"
-            with anyio.CancelScope(shield=True):
-                await self._line.end()
-            raise
-        except BaseException:
+        except Exception:
             self._reason = "closed"
             raise
         if token is None:
@@ -193,14 +196,15 @@ class Generation:
             # a token that ends the text is no part of it
             piece = "" if ended else self._stop.push(self._characters.push(token))
         if ended or self._stop.found:
-            await self._finish("stop")
+            await self._end("stop")
         elif len(self._tokens) >= self._max_new_tokens:
-            await self._finish("length")
+            await self._end("length")
         else:
             return piece
         return piece + self._stop.rest() if self._codec.tokenizer is not None else piece
 
-    async def _finish(self, reason: FinishReason) -> None:
-        self._reason = reason
-        with anyio.CancelScope(shield=True):
+    @to_the_end
+    async def _end(self, reason: FinishReason) -> None:
+        if self._reason is None:
+            self._reason = reason
             await self._line.end()

@@ -31,7 +31,7 @@ from memtier.replay import Progress
 from memtier.reports import RuntimeStats, SessionInfo
 from memtier.session import Session
 from memtier.text import check_text
-from memtier.threads import WorkerThread
+from memtier.threads import WorkerThread, own_task, to_the_end
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.layout import check_store, session_folder, session_folders, sweep_removed
@@ -127,18 +127,17 @@ class Runtime:
         # what waits is in the journal already: a cancelled program need not wait for it to be written out
         write = not (kind is not None and issubclass(kind, anyio.get_cancelled_exc_class()))
         failures: list[MemtierError] = []
-        with anyio.CancelScope(shield=True):
-            failures = await self._sessions.close_all(write=write)
-            if self._pool is not None:
-                await self._model_thread.run(self._pool.close)
-            await self._model_thread.run(self._weights.close)
         try:
-            await self._tasks.__aexit__(None, None, None)
+            failures = await self._put_away(write)
         finally:
-            self._stop_threads()
+            try:
+                await self._tasks.__aexit__(None, None, None)
+            finally:
+                self._stop_threads()
         if failures and error is None:
             raise failures[0]
 
+    @own_task
     async def session(
         self, session_id: str, *, adapter: str | Path | None = None, reread: bool = False,
         on_progress: Progress | None = None,
@@ -167,12 +166,14 @@ class Runtime:
         self._check_open()
         return await self._sessions.open(session_id, adapter, reread, on_progress)
 
+    @own_task
     async def sessions(self) -> list[SessionInfo]:
         """Every session of this tenant in the store, open or not."""
         self._check_open()
         open_ids = frozenset(session.id for session in self._sessions.all())
         return await self._journal_thread.run(describe_all, self._store, self._tenant, open_ids)
 
+    @own_task
     async def import_session(
         self, path: str | Path, session_id: str | None = None, *, adapter: str | Path | None = None,
         on_progress: Progress | None = None,
@@ -196,6 +197,7 @@ class Runtime:
             session_id = await self._journal_thread.run(exported_id, path)
         return await self._sessions.take_in(path, session_id, adapter, on_progress)
 
+    @own_task
     async def delete_session(self, session_id: str) -> list[str]:
         """Close a session if it is open, and remove all that is on disk of it, checkpoints included.
 
@@ -209,6 +211,7 @@ class Runtime:
         self._check_open()
         return await self._sessions.delete(session_id)
 
+    @own_task
     async def delete_tenant(self) -> list[str]:
         """Close all sessions of this tenant, and remove all that is on disk of them.
 
@@ -221,6 +224,7 @@ class Runtime:
         self._check_open()
         return await self._sessions.delete_all()
 
+    @own_task
     async def doctor(self, *, rebuild: bool = False, full: bool = False) -> list[SessionHealth]:
         """Look over the files of this tenant's sessions, but for those that are open, which are only named.
 
@@ -258,6 +262,15 @@ class Runtime:
         )
 
     # -- private
+
+    @to_the_end
+    async def _put_away(self, write: bool) -> list[MemtierError]:
+        """Close all sessions and let go of the model; what failed of the sessions."""
+        failures = await self._sessions.close_all(write=write)
+        if self._pool is not None:
+            await self._model_thread.run(self._pool.close)
+        await self._model_thread.run(self._weights.close)
+        return failures
 
     def _set_space_aside(self) -> Space:
         config = self._config

@@ -41,6 +41,7 @@ from memtier.reports import (
     TurnInfo,
 )
 from memtier.text import check_text
+from memtier.threads import own_task, to_the_end
 from memtier_backends.records import TurnRecord
 
 __all__ = ["Session"]
@@ -71,6 +72,7 @@ class Session(OpenSession):
 
     # -- reading and answering
 
+    @own_task
     async def observe(
         self, x: Any, *, role: str = "user", source: str | None = None, metadata: Mapping[str, Any] | None = None,
         logits: bool = False, on_progress: Progress | None = None,
@@ -203,6 +205,7 @@ class Session(OpenSession):
         line.on_end = generation.note_closed
         return generation
 
+    @own_task
     async def recall(self, query: str, k: int = 5) -> list[MemoryHit]:
         """Passages that hold the words of `query`, best first, from storage and from the newest tokens.
 
@@ -221,6 +224,7 @@ class Session(OpenSession):
 
     # -- looking
 
+    @own_task
     async def inspect(self) -> MemoryReport:
         """The four tiers as they stand. Waits for no other call."""
         await self._ready_to_look()
@@ -234,6 +238,7 @@ class Session(OpenSession):
         self._check_open()
         return self._views.blocks(_whole("start", start), None if end is None else _whole("end", end))
 
+    @own_task
     async def block(self, block_id: SupportsIndex) -> BlockContent:
         """One block of long-term memory with its K, V, landmarks and innovation, all read-only.
 
@@ -243,6 +248,7 @@ class Session(OpenSession):
         self._check_open()
         return await self._views.block(_whole("block_id", block_id))
 
+    @own_task
     async def state(self, layer: int) -> dict[str, torch.Tensor]:
         """Copies of all that one layer carries on the device, by name."""
         await self._ready_to_look()
@@ -277,6 +283,7 @@ class Session(OpenSession):
 
     # -- keeping
 
+    @own_task
     async def flush(self) -> None:
         """Return once every block sealed so far is in a segment and in the index.
 
@@ -286,6 +293,7 @@ class Session(OpenSession):
         async with self.exclusive(None):
             await self.updater.flush()
 
+    @own_task
     async def history(self, start: SupportsIndex = 0, end: SupportsIndex | None = None) -> list[TurnInfo]:
         """The turns that hold a token of [start, end), oldest first: role, time, span, text and provenance."""
         first, last = _whole("start", start), None if end is None else _whole("end", end)
@@ -293,6 +301,7 @@ class Session(OpenSession):
             turns = await self.timeline.history.turns(first, self.position if last is None else last)
             return [await self._turn_info(turn) for turn in turns]
 
+    @own_task
     async def checkpoint(self, name: str) -> None:
         """Keep the session as it stands, under a name. The journal is copied; blocks are shared.
 
@@ -304,11 +313,13 @@ class Session(OpenSession):
             await self._settle()
             await self._shared.journal.run(make_checkpoint, self.folder, name)
 
+    @own_task
     async def checkpoints(self) -> list[CheckpointInfo]:
         """The checkpoints of the session, oldest first."""
         self._check_open()
         return await self._shared.journal.run(checkpoints, self.folder.paths)
 
+    @own_task
     async def restore(self, name: str, *, on_progress: Progress | None = None) -> None:
         """Go back to a checkpoint, which stays: the session then is what it was, to the bit.
 
@@ -326,11 +337,13 @@ class Session(OpenSession):
                 await self._shared.journal.run(restore_checkpoint, folder, name)
             await self.timeline.catch_up(on_progress)
 
+    @own_task
     async def drop_checkpoint(self, name: str) -> None:
         """Remove a checkpoint. Raises SessionError if there is none of that name."""
         async with self.exclusive(None, catch_up=False):
             await self._shared.journal.run(drop_checkpoint, self.folder, name)
 
+    @own_task
     async def export(self, path: str | Path) -> None:
         """Write the session to one new file, with a hash of every part: `Runtime.import_session` reads it.
 
@@ -342,6 +355,7 @@ class Session(OpenSession):
             await self._settle()
             await self._shared.journal.run(export_session, self.folder, Path(path))
 
+    @own_task
     async def fork(self, session_id: str) -> Session:
         """A new session that begins as this one stands, open. The journal is copied; blocks are shared.
 
@@ -353,6 +367,7 @@ class Session(OpenSession):
         self._check_open()
         return await self._fork(self, session_id)
 
+    @own_task
     async def forget(
         self, hit: MemoryHit | None = None, *, start: int | None = None, end: int | None = None,
         turn: int | None = None, forks: bool = True, verify: bool = False, on_progress: Progress | None = None,
@@ -381,6 +396,7 @@ class Session(OpenSession):
         wanted = Wanted(hit, start, end, turn)
         return await self._forgetter.forget(self, wanted, forks=forks, verify=verify, on_progress=on_progress)
 
+    @to_the_end
     async def close(self) -> None:
         """Keep a snapshot, write what waits, and free the session. Harmless when closed already.
 

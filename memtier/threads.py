@@ -8,18 +8,65 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar, cast
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import anyio
 from anyio.lowlevel import current_token
 
 from memtier.errors import SessionError
 
-__all__ = ["WorkerThread", "shielded"]
+__all__ = ["WorkerThread", "own_task", "shielded", "to_the_end"]
 
+P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def own_task(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """Run each call of `method` in a task of its own, so that what it shields is shielded from every cancellation.
+
+    A cancel scope holds off other scopes and not `task.cancel()`, which `asyncio.wait_for`, `asyncio.timeout` and a
+    pressed Ctrl-C call on the caller's task. A task group holds on until its tasks have ended, and cancels them as a
+    scope does: what happens to the caller reaches `method` in that form alone.
+    """
+
+    @wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        results: list[R] = []
+        errors: list[Exception] = []
+
+        async def run() -> None:
+            try:
+                results.append(await method(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001  raised below, outside of the group
+                errors.append(error)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run)
+        if errors:
+            # not kept by this frame, which its traceback refers to
+            raise errors.pop()
+        return results[0]
+
+    return call
+
+
+def to_the_end(method: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    """As `own_task`, for what must be done whoever cancels its caller, before and meanwhile: that acts afterwards."""
+
+    @wraps(method)
+    async def shielded_call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await shielded(method(*args, **kwargs))
+
+    run = own_task(shielded_call)
+
+    @wraps(method)
+    async def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return await shielded(run(*args, **kwargs))
+
+    return call
 
 
 async def shielded(call: Awaitable[R]) -> R:

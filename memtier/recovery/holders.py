@@ -153,8 +153,8 @@ def checkpoint_errors(paths: SessionPaths) -> Iterator[None]:
         yield
     except (CorruptMemoryError, SessionNotFoundError) as error:
         raise CorruptMemoryError(
-            f"a checkpoint cannot be read, which may hold what is to be forgotten: {error} Run: memtier doctor "
-            f"--rebuild, which puts {paths.folder} aside; then call again."
+            f"the checkpoint in {paths.folder} cannot be read, and may hold what is to be forgotten: {error} Drop it "
+            f"with session.drop_checkpoint, or close the session and run: memtier doctor --rebuild; then call again."
         ) from error
 
 

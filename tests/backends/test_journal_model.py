@@ -155,5 +155,6 @@ class JournalMachine(RuleBasedStateMachine):
         return "".join(piece.text or "" for piece in turn.pieces) if covered else None
 
 
+# each run looks at something new; a failure prints how to repeat it
 TestJournalModel = JournalMachine.TestCase
-TestJournalModel.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestJournalModel.settings = settings(max_examples=25, stateful_step_count=25, derandomize=False, deadline=None)

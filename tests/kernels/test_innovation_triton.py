@@ -33,6 +33,7 @@ def test_only_the_gradient_that_is_asked_for_is_computed(wanted, device):
 
 
 def test_innovation_of_slices_and_of_a_mean(device):
+    torch.manual_seed(0)
     wide = torch.randn(2, 9, 40, device=device)
     h, predicted = wide[:, :, 3:20].detach().requires_grad_(), wide[:, 1:, 20:37].detach()
     predicted = torch.cat([predicted, predicted[:, :1]], dim=1).requires_grad_()

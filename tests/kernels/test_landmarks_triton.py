@@ -36,6 +36,7 @@ def test_landmarks_and_their_gradient_are_those_of_the_reference(sizes, device):
 
 
 def test_landmarks_of_a_slice_of_a_longer_stream(device):
+    torch.manual_seed(0)
     stream = torch.randn(2, 30, 3, 2, 8, device=device)[:, 2:26, 1]
     keys = stream.unflatten(1, (6, 4)).detach().requires_grad_()
     assert not keys.is_contiguous()

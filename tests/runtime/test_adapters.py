@@ -24,7 +24,9 @@ pytest.importorskip("peft")
 def make_adapter(folder: Path, seed: int, **model: Any) -> Path:
     """An adapter of the tiny model, of random values."""
     adapted = tiny_model(dtype=torch.float64, **model)
-    whole = add_hylora(adapted, HyLora(rank=2, norms=True))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        whole = add_hylora(adapted, HyLora(rank=2, norms=True))
     tensors = adapter_tensors(adapted, whole)
     generator = torch.Generator().manual_seed(seed)
     moved = {n: t + 0.2 * torch.randn(t.shape, dtype=t.dtype, generator=generator) for n, t in tensors.items()}

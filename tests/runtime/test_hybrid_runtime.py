@@ -93,7 +93,9 @@ async def test_a_model_without_attention_streams_too(open_store: Any, ids: list[
         vocab_size=260, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2,
         chunk_size=8, bos_token_id=256, eos_token_id=257, pad_token_id=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config).eval()
     async with open_store("a", model=model, window_tokens=16, span_block_tokens=4) as runtime:
         session = await runtime.session("alice")
         got = (await session.observe(ids[:60], logits=True)).logits

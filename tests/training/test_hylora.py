@@ -82,6 +82,7 @@ def test_a_gated_deltanet_is_adapted_too() -> None:
 
 
 def test_an_untrained_adapter_changes_no_logit() -> None:
+    torch.manual_seed(0)
     model, tokens = tiny_model(), torch.randint(0, 256, (2, 70))
     with torch.inference_mode():
         before = model(tokens).logits
@@ -121,7 +122,8 @@ def test_the_adapter_gives_the_trained_model_back_and_a_resumed_run_writes_the_s
     assert one.digest == two.digest
     assert json.loads((tmp_path / "whole" / "training.json").read_text())["adapter"]["rank"] == 4
 
-    model, tokens = BMojoForCausalLM.from_pretrained(str(base)).eval(), torch.randint(0, 256, (1, 90))
+    model = BMojoForCausalLM.from_pretrained(str(base)).eval()
+    tokens = torch.randint(0, 256, (1, 90), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = model(tokens).logits
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

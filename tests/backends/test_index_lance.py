@@ -1,4 +1,8 @@
-"""What is LanceDB's alone: damage is told and never returned, the disk stays small, searches and writes get along."""
+"""What is LanceDB's alone: no damaged row is returned, the disk stays small, searches and writes get along.
+
+Damage of the text index is not told: a search may miss a row then. A session's index is sealed as a whole, and made
+again where it is not as it was written: tests/runtime/test_index_damage.py.
+"""
 
 import os
 import random
@@ -90,6 +94,7 @@ async def test_a_flipped_bit_anywhere_gives_an_error_or_true_rows(folder: Path, 
     texts = [f"{SENTENCE} {n}" for n in range(20)]
     await (await filled(folder, texts)).close()
     generator = random.Random(0)
+    told = 0
     for n in range(40):
         copy = tmp_path / f"copy{n}"
         shutil.copytree(folder, copy)
@@ -101,11 +106,11 @@ async def test_a_flipped_bit_anywhere_gives_an_error_or_true_rows(folder: Path, 
             index = await LanceIndex.open(copy, LAYERS)
             for hit in await index.search_text("Bodiv", 30):
                 assert (hit.text, hit.start) == (texts[hit.block], 4 * hit.block)
-            for row in (await index.rows(0, 30)).to_pylist():
-                assert row["text"] == texts[row["block"]]
+            assert (await index.rows(0, 30))["text"].to_pylist() == texts
             await index.close()
         except (CorruptMemoryError, IncompatibleMemoryError):
-            pass
+            told += 1
+    assert told > 5
 
 
 async def test_an_index_of_other_landmarks_is_refused(folder: Path) -> None:

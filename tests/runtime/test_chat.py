@@ -29,10 +29,11 @@ UNSTABLE = {
 
 @pytest.fixture
 def talking(tokenizer):
-    """The tokenizer with a template, given back as it was."""
-    before, tokenizer.chat_template = tokenizer.chat_template, PLAIN
+    """The tokenizer with a template whose special tokens it reads as such, given back as it was."""
+    before = tokenizer.chat_template, tokenizer.split_special_tokens
+    tokenizer.chat_template, tokenizer.split_special_tokens = PLAIN, False
     yield tokenizer
-    tokenizer.chat_template = before
+    tokenizer.chat_template, tokenizer.split_special_tokens = before
 
 
 @pytest.fixture(scope="module")
@@ -53,24 +54,20 @@ async def said(generation):
 
 
 async def test_turns_are_read_as_the_template_renders_the_whole(open_store, talking, llama):
-    messages = [{"role": "system", "content": "Be brief."}]
+    wanted = [256, *b"[system]Be brief.", 257, *b"\n"]
     async with open_store("chat", model=llama, tokenizer=talking, **SIZES) as runtime:
         session = await runtime.session("a")
         assert session.has_chat_template
         for text in ("Hello there.", "And then?", "Once more."):
             system = "Be brief." if session.position == 0 else None
             answer = await said(session.chat(text, system=system, max_new_tokens=6, seed=1, temperature=1.0))
-            kept = [t for t in answer.token_ids if t not in (256, 257)]
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": talking.decode(kept)}]
+            assert answer.finish_reason == "length"
+            wanted += [*b"[user]", *text.encode(), 257, *b"\n[assistant]", *answer.token_ids, 257, *b"\n"]
             assert [t.role for t in await session.history()][-2:] == ["user", "assistant"]
             assert (await session.history())[-2].text.endswith(text)
         read = (await session.timeline.tokens(0, session.position)).tolist()
-        assert read.count(256) == 1
         # each answer ended by length, so what closes it was added before the next message
-        whole = talking.apply_chat_template(messages, tokenize=False).removesuffix("<|eos|>\n")
-        assert "�" in whole or talking.decode(read) == whole
-        closed = "<|eos|>\n[user]And then?<|eos|>\n[assistant]"
-        assert closed in talking.decode(read)
+        assert read == wanted[:-2]
         assert [h.role for h in await session.recall("Hello there", k=1)] == ["user"]
         with pytest.raises(ConfigError, match="system message opens"):
             await said(session.chat("x", system="late"))

@@ -41,8 +41,9 @@ async def test_the_session_is_one_that_never_saw_the_span(open_store, ids, strid
         await session.flush()
         report = await session.forget(start=start, end=end)
         assert (report.tokens, report.position, session.position) == (end - start, len(rest), len(rest))
-        assert report.restored_from <= start
-        assert report.restored_from == 0 or stride < start + stride
+        # the one at 64 was thinned out
+        kept = [128, 192, 256] if stride == 64 else []
+        assert report.restored_from == max((at for at in kept if at <= start), default=0)
         for one, other in zip(await state_of(session), await state_of(never), strict=True):
             for name, value in other.items():
                 if value.is_floating_point():

@@ -47,13 +47,15 @@ async def test_what_is_generated_is_part_of_the_session(open_store) -> None:
 
 async def test_greedy_and_seeded_answers_repeat(open_store) -> None:
     async with open_store() as runtime:
-        sampled = [
-            await text_of(
-                await runtime.session(f"s{i}"), TEXT, max_new_tokens=12, temperature=1.0, top_k=50, top_p=0.9, seed=5
-            )
-            for i in range(2)
-        ]
-        assert sampled[0] == sampled[1]
+        said = {}
+        for name, choices in (("greedy", {}), ("seeded", {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 5})):
+            one, other = [
+                await text_of(await runtime.session(f"{name} {i}"), TEXT, max_new_tokens=12, **choices)
+                for i in range(2)
+            ]
+            assert one == other
+            said[name] = one
+        assert said["greedy"] != said["seeded"]
 
 
 @pytest.mark.parametrize("durability", ["turn", "token"])

@@ -40,9 +40,12 @@ static void keep_folder(const char *path, const struct stat *st, const char *sha
     FILE *out = fopen(part, "w");
     DIR *folder = opendir(path);
     struct dirent *entry;
+    struct stat inner;
     while ((entry = readdir(folder)) != NULL)
-        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, ".."))
-            fprintf(out, "%lu %d %s\n", (unsigned long)entry->d_ino, entry->d_type == DT_DIR, entry->d_name);
+        /* not entry's own number and kind, which some file systems tell otherwise */
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") &&
+            !fstatat(dirfd(folder), entry->d_name, &inner, AT_SYMLINK_NOFOLLOW))
+            fprintf(out, "%lu %d %s\n", (unsigned long)inner.st_ino, S_ISDIR(inner.st_mode), entry->d_name);
     closedir(folder);
     fclose(out);
     rename(part, name);

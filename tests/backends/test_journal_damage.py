@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -443,10 +444,18 @@ def test_a_second_thread_waits_and_is_not_told_of_damage(path: Path) -> None:
     journal = SqliteJournal.open(path)
     turn = begin_turn(journal)
     before = journal.position
-    with ThreadPoolExecutor(2) as pool:
-        reads = pool.submit(lambda: [journal.position for _ in range(2_000)])
+    seen, reading = [before], Event()
+
+    def read_until_the_last_commit() -> None:
+        while seen[-1] < before + 50:
+            seen.append(journal.position)
+            reading.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        reads = pool.submit(read_until_the_last_commit)
+        assert reading.wait(60)
         for n in range(50):
             journal.commit(turn, [n])
-        seen = reads.result()
+        reads.result()
     assert seen == sorted(seen) and set(seen) <= set(range(before, before + 51))
     journal.close()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# whichever of them runs first waits for the processes
+pytestmark = pytest.mark.timeout(1200)
 SCRIPT = Path(__file__).with_name("killed_keeping.py")
 
 
@@ -31,7 +33,6 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return found
 
 
-@pytest.mark.timeout(1200)
 def test_a_forget_happens_everywhere_or_nowhere(told: dict) -> None:
     ids = told["ids"]
     before = {"a": ids, "b": ids[:120], "kept": ids[:120]}

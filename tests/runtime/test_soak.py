@@ -25,7 +25,7 @@ def soak(store: Path, tokenizer, seconds: float, tokens: int, rounds_a_life: int
     config = memtier.MemoryConfig(snapshot_every_tokens=1024, hot_bytes=2**20, landmark_bytes=2**20)
     baseline = rounds = 0
     began = time.monotonic()
-    while time.monotonic() - began < seconds:
+    while not rounds or time.monotonic() - began < seconds:
         with memtier.open_sync(store, model=model, tokenizer=tokenizer, config=config) as runtime:
             session = runtime.session("a")
             for _ in range(rounds_a_life):

@@ -103,8 +103,9 @@ def damage_file(choose: random.Random, path: Path) -> str:
         data[at // 512 * 512 : at // 512 * 512 + 512] = bytes(min(512, len(data) - at // 512 * 512))
     else:
         # a sector that another one of the file was written over
-        other = choose.randrange(len(data)) // 512 * 512
-        data[at // 512 * 512 : at // 512 * 512 + 512] = data[other : other + 512]
+        here, other = at // 512 * 512, choose.randrange(len(data)) // 512 * 512
+        size = min(512, len(data) - here, len(data) - other)
+        data[here : here + size] = data[other : other + size]
     path.write_bytes(data)
     return f"{how} at {at} of {path.name}"
 

@@ -209,7 +209,7 @@ def doctor(
     from memtier.peek import require_session
     from memtier.recovery.doctor import examine
     from memtier.tiers.weights import WeightsTier
-    from memtier_backends.layout import session_folders
+    from memtier_backends.layout import session_folder, session_folders, traces
 
     async def run(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
@@ -219,7 +219,12 @@ def doctor(
             await examine(folder, Backends(), run, rebuild=rebuild, full=full, weights=weights) for folder in folders
         ]
 
-    folders = session_folders(store, tenant) if session is None else [require_session(store, tenant, session).folder]
+    if session is None:
+        folders = session_folders(store, tenant)
+    else:
+        folders = [session_folder(store, tenant, session)]
+        if not traces(folders[0]):
+            require_session(store, tenant, session)
     weights = WeightsTier.load(model, device=device) if full else None
     found = anyio.run(look)
     if as_json:

@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from memtier.errors import SessionNotFoundError
-from memtier_backends.layout import SessionPaths, session_folder
+from memtier_backends.layout import SessionPaths, check_never_begun, session_folder
 from memtier_backends.sqlite_file import connect, sqlite_errors
 
 __all__ = ["peek", "require_session"]
@@ -25,9 +25,11 @@ def require_session(store: Path, tenant: str, session_id: str) -> SessionPaths:
     Raises:
         ConfigError: the store or an id cannot be one.
         SessionNotFoundError: the store holds no such session.
+        CorruptMemoryError: its journal is missing from its folder.
     """
     paths = SessionPaths(session_folder(store, tenant, session_id))
     if not paths.journal.exists():
+        check_never_begun(paths.folder)
         raise SessionNotFoundError(
             f"there is no session {session_id!r} of tenant {tenant!r} in {store}. List those there are with: "
             f"memtier sessions --store {store}"

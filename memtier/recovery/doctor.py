@@ -6,23 +6,24 @@ Nothing is deleted that cannot be accounted for: damaged and unknown files go to
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
+
+import anyio
 
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionBusyError
 from memtier.folder import META, WEIGHTS, Backends, SessionFolder, is_ours
 from memtier.recovery.copies import CHECKPOINT
-from memtier.recovery.forget import INTENT, open_copy
+from memtier.recovery.forget import INTENT
+from memtier.recovery.mending import mend_journal, put_aside
 from memtier.recovery.reports import Finding, SessionHealth
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.base import SegmentStore
-from memtier_backends.files import flush_folder, storage_errors
+from memtier_backends.files import storage_errors
 from memtier_backends.folder_seal import FolderSeal
-from memtier_backends.journal_salvage import salvage
-from memtier_backends.layout import SessionPaths
+from memtier_backends.layout import RESCUED_PREFIX, SessionPaths, sweep_removed, traces
+from memtier_backends.lock import SessionLock
 from memtier_backends.segments import verify_segment
 from memtier_backends.tensors import content_hash
 
@@ -45,20 +46,39 @@ async def examine(
         weights: a model whose values are to be compared with those that wrote the session; None for none.
     """
     examination = _Examination(SessionPaths(folder), rebuild)
+    if not await run(examination.has_journal):
+        return examination.health()
     try:
-        session = await run(examination.opened, backends)
+        # one lock for all of it: nobody else may write between a look and the mending
+        lock = await run(SessionLock.acquire, folder)
     except SessionBusyError as error:
         examination.find("session", f"is open, and was not looked at: {error}", mended=False, harm=False)
         return examination.health()
-    if session is not None:
-        try:
-            await run(examination.files, session, full)
-            if weights is not None:
-                await run(examination.weights, session, weights)
-            await examination.index(session, run, full)
-        finally:
-            await run(session.close)
+    try:
+        await _look(examination, backends, run, full, weights)
+    except MemtierError as error:
+        # the other sessions are to be looked at all the same
+        examination.find("session", f"could not be looked at to the end: {error}", mended=False)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run(lock.release)
     return examination.health()
+
+
+async def _look(
+    examination: _Examination, backends: Backends, run: Run, full: bool, weights: WeightsTier | None
+) -> None:
+    session = await run(examination.opened, backends)
+    if session is None:
+        return
+    try:
+        await run(examination.files, session, full)
+        if weights is not None:
+            await run(examination.weights, session, weights)
+        await examination.index(session, run, full)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run(session.close)
 
 
 class _Examination:
@@ -84,15 +104,26 @@ class _Examination:
 
     # -- the journal
 
+    def has_journal(self) -> bool:
+        """Whether there is anything to look at."""
+        with storage_errors(f"look into {self.paths.folder}"):
+            if self.paths.journal.exists():
+                return True
+            left = [path.name for path in self.paths.folder.iterdir() if path.name != "lock"]
+            harm = bool(traces(self.paths.folder))
+        told = f"there is none; the folder holds {', '.join(sorted(left)) or 'nothing'}"
+        self.find("journal", told, mended=False, harm=harm)
+        return False
+
     def opened(self, backends: Backends) -> SessionFolder | None:
         """The session with a journal that holds what it says; None if it has none that can be used."""
-        if not self.paths.journal.exists():
-            left = [path.name for path in self.paths.folder.iterdir() if path.name != "lock"]
-            told = f"there is none; the folder holds {', '.join(left) or 'nothing'}"
-            self.find("journal", told, mended=False, harm=bool({"segments", "snapshots"} & set(left)))
-            return None
+        for path in sorted(self.paths.folder.glob(f"{RESCUED_PREFIX}*")):
+            self.find(path.name, "was left by a mending that was cut off; the journal is as it was before")
+            if self.rebuild:
+                with storage_errors(f"remove {path}"):
+                    path.unlink()
         try:
-            session = open_copy(self.paths.folder, backends)
+            session = self._open(backends)
         except CorruptMemoryError as error:
             return self._salvaged(backends, error)
         except IncompatibleMemoryError as error:
@@ -103,26 +134,32 @@ class _Examination:
         except CorruptMemoryError as error:
             session.close()
             return self._salvaged(backends, error)
+        except BaseException:
+            session.close()
+            raise
         return session
+
+    def _open(self, backends: Backends) -> SessionFolder:
+        # without a lock: the examination has it
+        return SessionFolder(self.paths, None, backends.journal(self.paths.journal), backends)
 
     def _salvaged(self, backends: Backends, error: CorruptMemoryError) -> SessionFolder | None:
         """With a journal of the entries before the first that is damaged, if one is wanted and can be made."""
         if not self.rebuild:
             self.find("journal", f"{error} `memtier doctor --rebuild` keeps what stands before the damage.")
             return None
-        rescued = self.paths.folder / f".rescued-{uuid4().hex}.sqlite3"
         try:
-            kept, lost = salvage(self.paths.journal, rescued)
-            self._quarantine(*self.paths.folder.glob(f"{self.paths.journal.name}*"))
-            with storage_errors(f"put the mended journal in {self.paths.folder}"):
-                os.replace(rescued, self.paths.journal)
-                flush_folder(self.paths.folder)
-            session = open_copy(self.paths.folder, backends)
+            kept, lost = mend_journal(self.paths)
+            session = self._open(backends)
         except CorruptMemoryError as second:
             self.find("journal", f"{error} Nothing of it can be kept: {second}", mended=False)
             return None
-        finally:
-            rescued.unlink(missing_ok=True)
+        try:
+            # its rows may be of what was lost
+            session.drop_index()
+        except BaseException:
+            session.close()
+            raise
         gone = "at most " + f"{lost:,}" if lost is not None else "an unknown number of"
         self.find("journal", f"{error} Kept {kept:,} tokens; {gone} that were acknowledged after them are lost.")
         return session
@@ -140,16 +177,23 @@ class _Examination:
             )
         self._derived(session, full, "")
         known = {"lock", "segments", "snapshots", "checkpoints", "quarantine", "index.lance"}
+        told = (self.paths.journal.name, ".partial-", RESCUED_PREFIX)
         for path in sorted(self.paths.folder.iterdir()):
-            if path.name not in known and not path.name.startswith((self.paths.journal.name, ".partial-")):
+            if path.name not in known and not path.name.startswith(told):
                 self.find(path.name, "is no part of a session")
                 self._quarantine(path)
+        for path in sorted(self.paths.checkpoints.glob(".removed-*")):
+            self.find(f"checkpoints/{path.name}", "was left by the removal of a checkpoint that was cut off")
+        if self.rebuild:
+            sweep_removed(self.paths.checkpoints)
         for kept in self.paths.checkpoint_folders():
             self._checkpoint(session, kept, full)
 
     def _checkpoint(self, session: SessionFolder, kept: SessionPaths, full: bool) -> None:
         what = f"checkpoint {kept.folder.name}"
         try:
+            if not kept.journal.exists():
+                raise CorruptMemoryError(f"its journal {kept.journal.name} is missing.")
             journal = session.backends.journal(kept.journal)
             try:
                 journal.verify()
@@ -160,6 +204,9 @@ class _Examination:
         except CorruptMemoryError as error:
             self.find(what, str(error))
             self._quarantine(kept.folder)
+        except MemtierError as error:
+            # a newer format, or a disk that does not give it: what it holds is nothing to put aside
+            self.find(what, str(error), mended=False)
 
     def _derived(self, session: SessionFolder, full: bool, where: str) -> None:
         journal = session.journal
@@ -248,17 +295,9 @@ class _Examination:
         if self.rebuild:
             await run(session.drop_index)
 
-    def _quarantine(self, *paths: Path) -> None:
-        """Out of the way, under a name of its own; nothing is overwritten."""
-        if not self.rebuild:
-            return
-        quarantine = self.paths.folder / "quarantine"
-        with storage_errors(f"move files to {quarantine}"):
-            quarantine.mkdir(exist_ok=True)
-            for path in paths:
-                if path.exists() or path.is_symlink():
-                    os.replace(path, quarantine / f"{path.name}.{uuid4().hex[:8]}")
-            flush_folder(quarantine)
+    def _quarantine(self, path: Path) -> None:
+        if self.rebuild:
+            put_aside(self.paths, path)
 
 
 def _problem(store: SegmentStore, name: str, size: int) -> str | None:

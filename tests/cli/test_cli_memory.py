@@ -158,3 +158,15 @@ def test_the_doctor_finds_and_mends(run: Run) -> None:
     (health,) = run("doctor", "a", "--rebuild")["sessions"]
     assert health["healthy"] and health["findings"][0]["mended"]
     assert "as it was written" in run("doctor", plain=True)
+    code, message = run("doctor", "b")
+    assert code == 1 and "no session 'b'" in message
+
+
+def test_a_session_that_lost_its_journal_is_not_taken_for_one_that_never_was(run: Run) -> None:
+    run("stream", "a.txt")
+    (journal,) = Path("memory").glob("*/*/journal.sqlite3")
+    journal.unlink()
+    code, message = run("doctor", "a")
+    assert code == 1 and "no session" not in message
+    code, message = run("inspect", "a")
+    assert code == 1 and "journal.sqlite3 is missing" in message

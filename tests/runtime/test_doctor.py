@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
-from memtier.errors import CorruptMemoryError
+from memtier.errors import CorruptMemoryError, SessionBusyError, StorageError
+from memtier.folder import Backends
+from memtier.recovery import doctor, mending
 from memtier.testing import tiny_model
 from memtier_backends.layout import SessionPaths, session_folder
+from memtier_backends.lock import SessionLock
+from memtier_backends.segment_store import FileSegmentStore
 
 pytestmark = pytest.mark.anyio
 
@@ -223,3 +230,164 @@ async def test_every_value_of_the_weights_is_compared(open_store, stored, model)
             (full,) = await runtime.doctor(full=True)
             (told,) = [finding for finding in full.findings if finding.what == "weights"]
             assert full.healthy and told.harmless and "not compared" in told.problem
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files below, but for what SQLite and a lock write to look."""
+    names = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(name): name.read_bytes() for name in names if name.name != "lock" and not name.name.endswith("-shm")}
+
+
+def damage_journal(paths: SessionPaths, ids: list[int]) -> None:
+    data = paths.journal.read_bytes()
+    flip(paths.journal, data.index(torch.tensor(ids[100:120], dtype=torch.int32).numpy().tobytes()))
+
+
+async def test_nobody_else_writes_while_a_journal_is_mended(open_store, ids, stored, tmp_path, monkeypatch) -> None:
+    paths = paths_of(tmp_path)
+    damage_journal(paths, ids)
+    refused = []
+    mend = mending.salvage
+
+    def watched(*arguments):
+        with pytest.raises(SessionBusyError) as told:
+            SessionLock.acquire(paths.folder)
+        refused.append(told)
+        return mend(*arguments)
+
+    monkeypatch.setattr(mending, "salvage", watched)
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and len(refused) == 1
+        # and it is free again
+        assert (await runtime.session("a")).position == 100
+
+
+class Killed(BaseException):
+    pass
+
+
+async def test_who_dies_while_mending_leaves_a_journal(open_store, ids, stored, tmp_path, monkeypatch) -> None:
+    paths = paths_of(tmp_path)
+    damage_journal(paths, ids)
+    damaged = paths.journal.read_bytes()
+
+    replace = os.replace
+
+    def killed(source, target):
+        if target == paths.journal:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        # its process is gone, so nothing is tidied up
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(Killed):
+            await doctor.examine(paths.folder, Backends(), here, rebuild=True, full=False)
+    assert paths.journal.read_bytes() == damaged
+    assert [path.read_bytes() for path in paths.quarantine.iterdir()] == [damaged]
+    assert list(paths.folder.glob(".rescued-*"))
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        (told,) = await runtime.doctor()
+        assert not told.healthy and any(".rescued-" in finding.what for finding in told.findings)
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and told.position == 100
+        assert not list(paths.folder.glob(".rescued-*"))
+        assert all(path.read_bytes() == damaged for path in paths.quarantine.iterdir())
+
+
+async def here(function, *arguments):
+    return function(*arguments)
+
+
+async def test_the_log_of_a_damaged_journal_is_put_aside_with_it_and_the_index_goes(
+    open_store, ids, stored, tmp_path
+) -> None:
+    paths = paths_of(tmp_path)
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[200:])
+        await session.flush()
+        log = paths.folder / f"{paths.journal.name}-wal"
+        journal, written = paths.journal.read_bytes(), log.read_bytes()
+    # as a crash leaves it, and then one bit flips
+    paths.journal.write_bytes(journal)
+    log.write_bytes(written)
+    flip(log)
+    damaged = log.read_bytes()
+    paths.index.mkdir()
+    (paths.index / "rows.lance").write_bytes(b"of what is lost")
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and 200 <= told.position <= 300 and not log.exists()
+        assert not paths.index.exists()
+        assert (await runtime.session("a")).position == told.position
+    aside = sorted(paths.quarantine.iterdir())
+    main, beside = [path for path in aside if path.name.startswith("journal")]
+    assert beside.name == f"{main.name}-wal" and beside.read_bytes() == damaged
+
+
+async def test_a_folder_that_lost_its_journal_is_not_healthy(open_store, stored, tmp_path) -> None:
+    paths = paths_of(tmp_path)
+    paths.journal.unlink()
+    async with open_store() as runtime:
+        await runtime.session("b")
+        for rebuild in (False, True):
+            before = everything(paths.folder)
+            lost, _ = sorted(await runtime.doctor(rebuild=rebuild), key=lambda health: health.healthy)
+            assert not lost.healthy and "segments" in lost.findings[0].problem
+            assert everything(paths.folder) == before
+
+
+async def test_a_checkpoint_without_a_journal_is_told_and_nothing_is_written(open_store, stored, tmp_path) -> None:
+    paths = paths_of(tmp_path)
+    kept = paths.checkpoint("kept")
+    kept.journal.unlink()
+    before = everything(paths.folder)
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor()
+        assert not told.healthy and "journal.sqlite3 is missing" in wrong(told)[0].problem
+        assert everything(paths.folder) == before
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and not kept.folder.exists()
+        assert await (await runtime.session("a")).checkpoints() == []
+
+
+async def test_what_one_session_cannot_tell_keeps_no_other_from_being_looked_at(
+    open_store, ids, stored, tmp_path, monkeypatch
+) -> None:
+    async with open_store() as runtime:
+        await (await runtime.session("b")).observe(ids[:50])
+    kept = paths_of(tmp_path).checkpoint("kept")
+    with closing(sqlite3.connect(kept.journal)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    async with open_store() as runtime:
+        health = {one.id: one for one in await runtime.doctor(rebuild=True)}
+        (told,) = [finding for finding in health["a"].findings if "checkpoint" in finding.what]
+        assert "99" in told.problem and not told.mended and not health["a"].healthy
+        assert health["b"].healthy and kept.journal.exists()
+        looking = FileSegmentStore.size
+
+        def refused(store: FileSegmentStore, name: str) -> int:
+            if store.folder.parent == paths_of(tmp_path, "b").folder:
+                raise StorageError("the disk is away.")
+            return looking(store, name)
+
+        monkeypatch.setattr(FileSegmentStore, "size", refused)
+        health = {one.id: one for one in await runtime.doctor()}
+        assert not health["b"].healthy and "the disk is away" in health["b"].findings[-1].problem
+        assert health["a"].position == 200
+        # its lock is free again
+        monkeypatch.undo()
+        await runtime.session("b")
+
+
+async def test_what_the_removal_of_a_checkpoint_left_is_told_and_removed(open_store, stored, tmp_path) -> None:
+    left = paths_of(tmp_path).checkpoints / ".removed-1"
+    (left / "segments").mkdir(parents=True)
+    async with open_store() as runtime:
+        (told,) = await runtime.doctor()
+        assert not told.healthy and wrong(told)[0].what == "checkpoints/.removed-1" and left.exists()
+        (told,) = await runtime.doctor(rebuild=True)
+        assert told.healthy and not left.exists()

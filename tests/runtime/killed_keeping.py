@@ -1,8 +1,8 @@
 """Run by test_keeping_crash: processes that die before a write of a forget, a restore, a checkpoint or a fork.
 
-Processes are forked as in killed_process.py. Prints a JSON list of {"operation", "kill_at", "killed", "a", "b", "kept",
-"healthy"}: exit status, and what the session, its fork and its checkpoint hold in the process that opens the store
-next.
+Processes are forked as in killed_process.py. Arguments: a folder, and {operation: every how many writes it is killed} in
+JSON. Prints a JSON object of lists of {"kill_at", "killed", "a", "b", "kept", "names", "sessions", "healthy"}: exit
+status, and what the session, its fork and its checkpoint hold in the process that opens the store next.
 """
 
 # ruff: noqa: ASYNC240  nothing else runs in these processes
@@ -66,11 +66,12 @@ async def look(store: Path, result: Path) -> None:
     result.write_text(json.dumps(found))
 
 
-def main(folder: Path, operations: list[str], step: int) -> None:
+def main(folder: Path, steps: dict[str, int]) -> None:
     ids = get_ready(folder)
     base = folder / "base"
     assert in_child(prepare, base, ids) == 0
-    print(json.dumps({"ids": ids, **{operation: killed(folder, base, operation, step) for operation in operations}}))
+    found = {operation: killed(folder, base, operation, step) for operation, step in steps.items()}
+    print(json.dumps({"ids": ids, **found}))
 
 
 def killed(folder: Path, base: Path, operation: str, step: int) -> list[dict]:
@@ -93,4 +94,4 @@ def killed(folder: Path, base: Path, operation: str, step: int) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[3:], int(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

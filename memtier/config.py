@@ -7,11 +7,12 @@ None they come from the model. The *free* ones may differ at every open; those t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from memtier.blocks import FarPositions, MemorySettings, RetrievalMode
 from memtier.errors import ConfigError
@@ -32,6 +33,15 @@ FINGERPRINTED = (
 )
 
 
+def _as_tuple(value: Any) -> Any:
+    # strictness is for types that may hide a mistake; a list is what JSON makes of a tuple
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else value
+
+
+Layer = Annotated[int, Field(ge=0)]
+Layers = Annotated[tuple[Layer, ...] | Literal["auto"] | None, BeforeValidator(_as_tuple)]
+
+
 class MemoryConfig(BaseModel):
     """How much to remember, and at what cost. Frozen; unknown fields are refused.
 
@@ -46,7 +56,7 @@ class MemoryConfig(BaseModel):
     eidetic_tokens: int | None = Field(None, ge=0, description="Surprising old tokens kept verbatim, a layer.")
     span_block_tokens: int | None = Field(None, ge=1, description="Tokens in one block of long-term memory.")
     span_refresh_tokens: int | None = Field(None, ge=1, description="Retrieval chooses anew every so many tokens.")
-    memory_layers: tuple[int, ...] | Literal["auto"] | None = Field(
+    memory_layers: Layers = Field(
         None, description="Layers that keep and retrieve blocks. 'auto': evenly spaced ones, within kv_bytes_per_token."
     )
     far_positions: FarPositions | None = Field(None, description="Positions that retrieved keys are given.")
@@ -100,15 +110,38 @@ class MemoryConfig(BaseModel):
     )
 
     def __init__(self, **fields: Any) -> None:
-        try:
+        with _told_by_us():
             super().__init__(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "MemoryConfig"
-            raise ConfigError(
-                f"MemoryConfig: {name}: {first['msg']}, got {first.get('input')!r}. "
-                f"The fields are {', '.join(type(self).model_fields)}."
-            ) from error
+
+    @classmethod
+    def model_validate(cls, *args: Any, **kwargs: Any) -> MemoryConfig:
+        """See pydantic's. Raises ConfigError as the constructor does."""
+        with _told_by_us():
+            return super().model_validate(*args, **kwargs)
+
+    @classmethod
+    def model_validate_json(cls, *args: Any, **kwargs: Any) -> MemoryConfig:
+        """See pydantic's. Raises ConfigError as the constructor does."""
+        with _told_by_us():
+            return super().model_validate_json(*args, **kwargs)
+
+
+@contextmanager
+def _told_by_us() -> Generator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        ours = first.get("ctx", {}).get("error")
+        if isinstance(ours, ConfigError):
+            # the constructor's, which pydantic has wrapped
+            raise ours from ours.__cause__
+        # where a field takes several types, pydantic names the one that it tried
+        name = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "all of it"
+        raise ConfigError(
+            f"MemoryConfig: {name}: {first['msg']}, got {first.get('input')!r}. "
+            f"The fields are {', '.join(MemoryConfig.model_fields)}."
+        ) from error
 
 
 def resolve_settings(

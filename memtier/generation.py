@@ -6,7 +6,7 @@ being cancelled, cannot keep a lock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, cast
 
@@ -14,6 +14,7 @@ import anyio
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from memtier.arguments import real_number, whole_number
 from memtier.errors import ConfigError
 from memtier.reports import FinishReason
 from memtier.text import IncrementalText, StopText, TextCodec, check_text
@@ -36,20 +37,24 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise ConfigError(f"temperature is {temperature}; it must be 0 (most likely token) or more.")
-        if not 0.0 < top_p <= 1.0:
-            raise ConfigError(f"top_p is {top_p}; it must be in (0, 1].")
-        if top_k < 0:
-            raise ConfigError(f"top_k is {top_k}; it must be 0 (all tokens) or more.")
+        temperature = real_number(
+            "temperature", temperature, lambda number: number >= 0, "a number, 0 (most likely token) or more"
+        )
+        top_p = real_number("top_p", top_p, lambda number: 0 < number <= 1, "a number in (0, 1]")
+        top_k = whole_number("top_k", top_k, lambda number: number >= 0, "a whole number, 0 (all tokens) or more")
+        if seed is not None:
+            seed = whole_number(
+                "seed", seed, lambda number: -(2**63) <= number < 2**64,
+                "a whole number from -2**63 to 2**64 - 1, or None for a fresh one",
+            )  # fmt: skip
         self._greedy = temperature == 0.0
         self._warpers = LogitsProcessorList()
         if not self._greedy:
-            self._warpers.append(TemperatureLogitsWarper(float(temperature)))
+            self._warpers.append(TemperatureLogitsWarper(temperature))
             if top_k:
                 self._warpers.append(TopKLogitsWarper(top_k))
             if top_p < 1.0:
-                self._warpers.append(TopPLogitsWarper(float(top_p)))
+                self._warpers.append(TopPLogitsWarper(top_p))
         self._random = torch.Generator()
         if seed is None:
             self._random.seed()
@@ -84,6 +89,8 @@ def check_stop(stop: str | Sequence[str], codec: TextCodec) -> tuple[str, ...]:
     Raises:
         ConfigError: an empty one, one that is no text, or any for a model without a tokenizer.
     """
+    if not isinstance(stop, Iterable):
+        raise ConfigError(f"stop is {stop!r}; it must be a text or several; () for none.")
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in texts:
         if not isinstance(text, str) or not text:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from memtier.arguments import whole_number
 from memtier.blocks import MemoryHit
 from memtier.errors import ConfigError
 from memtier.text import TextCodec, check_text
@@ -67,11 +68,12 @@ async def find(
     if not isinstance(query, str) or not query.strip():
         raise ConfigError(f"recall was asked for {query!r}; give some words to look for.")
     check_text(query, "the query")
-    if k < 1:
-        raise ConfigError(f"k is {k}; it must be at least 1.")
+    k = whole_number("k", k, lambda number: number >= 1, "a whole number of at least 1")
     if codec.tokenizer is None:
         raise ConfigError("recall looks for text, and this model has no tokenizer. Pass tokenizer= to memtier.open.")
     end = timeline.position
+    # no more hits than blocks; an index takes no number of any size
+    k = min(k, end // block_tokens + 1)
     oldest = retained_from // block_tokens
     begin = min(oldest * block_tokens, end)
     rows: dict[int, IndexRow] = {}

@@ -16,6 +16,7 @@ from typing import Any
 import anyio
 import torch
 
+from memtier.arguments import check_progress
 from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError, StorageError
@@ -60,7 +61,11 @@ def open(
     Raises:
         ConfigError: on entering: a store that is no local folder, a model that cannot be used, sizes that contradict.
     """
-    return Runtime(store, model, tokenizer, config or MemoryConfig(), tenant, device, dtype)
+    path = os.fspath(store) if isinstance(store, (str, os.PathLike)) else store
+    if not isinstance(path, str):
+        raise ConfigError(f"store is {store!r}; it must be the path of a folder, for example './memory'.")
+    config = MemoryConfig() if config is None else config
+    return Runtime(path, model, tokenizer, config, tenant, device, dtype)
 
 
 class Runtime:
@@ -164,6 +169,7 @@ class Runtime:
             CorruptMemoryError: its files are damaged.
         """
         self._check_open()
+        check_progress(on_progress)
         return await self._sessions.open(session_id, adapter, reread, on_progress)
 
     @own_task
@@ -192,6 +198,7 @@ class Runtime:
             CorruptMemoryError: the file is not as it was written; nothing was kept of it.
         """
         self._check_open()
+        check_progress(on_progress)
         path = Path(path)
         if session_id is None:
             session_id = await self._journal_thread.run(exported_id, path)

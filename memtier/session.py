@@ -7,7 +7,6 @@ Calls on one session take turns; a new one ends a generation that was left unfin
 from __future__ import annotations
 
 import math
-import operator
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from typing import Any, SupportsIndex
 import pyarrow as pa
 import torch
 
+from memtier.arguments import check_progress, whole_number
 from memtier.blocks import MemoryHit, RetrievalMode
 from memtier.chat import ChatFeed
 from memtier.errors import ConfigError
@@ -96,6 +96,9 @@ class Session(OpenSession):
         for name, value in (("role", role), ("source", source)):
             if value is not None or name == "role":
                 _check_label(name, value)
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise ConfigError(f"metadata is {metadata!r}; it must be a mapping of JSON values, or None.")
+        check_progress(on_progress)
         began = time.perf_counter()
         feed = Feed(x, self._weights.codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
         await feed.open()
@@ -192,8 +195,9 @@ class Session(OpenSession):
         retrieval: RetrievalMode | None, end_tokens: frozenset[int],
     ) -> Generation:  # fmt: skip
         self._check_open()
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        max_new_tokens = whole_number(
+            "max_new_tokens", max_new_tokens, lambda number: number >= 1, "a whole number of at least 1"
+        )
         if retrieval not in (None, "on", "off", "random", "recent"):
             raise ConfigError(f"retrieval is {retrieval!r}; it must be 'on', 'off', 'random', 'recent' or None.")
         codec = self._weights.codec
@@ -236,7 +240,7 @@ class Session(OpenSession):
         Read batch by batch as the reader is advanced; K and V are in `block`.
         """
         self._check_open()
-        return self._views.blocks(_whole("start", start), None if end is None else _whole("end", end))
+        return self._views.blocks(whole_number("start", start), None if end is None else whole_number("end", end))
 
     @own_task
     async def block(self, block_id: SupportsIndex) -> BlockContent:
@@ -246,11 +250,12 @@ class Session(OpenSession):
             SessionError: there is no such block.
         """
         self._check_open()
-        return await self._views.block(_whole("block_id", block_id))
+        return await self._views.block(whole_number("block_id", block_id))
 
     @own_task
-    async def state(self, layer: int) -> dict[str, torch.Tensor]:
+    async def state(self, layer: SupportsIndex) -> dict[str, torch.Tensor]:
         """Copies of all that one layer carries on the device, by name."""
+        layer = whole_number("layer", layer)
         await self._ready_to_look()
         return await self._views.state(layer)
 
@@ -296,7 +301,7 @@ class Session(OpenSession):
     @own_task
     async def history(self, start: SupportsIndex = 0, end: SupportsIndex | None = None) -> list[TurnInfo]:
         """The turns that hold a token of [start, end), oldest first: role, time, span, text and provenance."""
-        first, last = _whole("start", start), None if end is None else _whole("end", end)
+        first, last = whole_number("start", start), None if end is None else whole_number("end", end)
         async with self.exclusive(None, catch_up=False):
             turns = await self.timeline.history.turns(first, self.position if last is None else last)
             return [await self._turn_info(turn) for turn in turns]
@@ -306,9 +311,11 @@ class Session(OpenSession):
         """Keep the session as it stands, under a name. The journal is copied; blocks are shared.
 
         Raises:
+            ConfigError: a name that cannot be one.
             SessionError: there is a checkpoint of that name.
             StorageError: it could not be written; nothing of it is left.
         """
+        _check_label("the checkpoint's name", name)
         async with self.exclusive(None):
             await self._settle()
             await self._shared.journal.run(make_checkpoint, self.folder, name)
@@ -332,6 +339,8 @@ class Session(OpenSession):
             SessionError: there is no such checkpoint.
             CorruptMemoryError: it is damaged; the session is as it was.
         """
+        _check_label("the checkpoint's name", name)
+        check_progress(on_progress)
         async with self.exclusive(None, catch_up=False):
             async with self.offline() as folder:
                 await self._shared.journal.run(restore_checkpoint, folder, name)
@@ -340,6 +349,7 @@ class Session(OpenSession):
     @own_task
     async def drop_checkpoint(self, name: str) -> None:
         """Remove a checkpoint. Raises SessionError if there is none of that name."""
+        _check_label("the checkpoint's name", name)
         async with self.exclusive(None, catch_up=False):
             await self._shared.journal.run(drop_checkpoint, self.folder, name)
 
@@ -393,6 +403,7 @@ class Session(OpenSession):
             StorageError: it was cut off; the session is closed, and the next open goes on with it.
         """
         self._check_open()
+        check_progress(on_progress)
         wanted = Wanted(hit, start, end, turn)
         return await self._forgetter.forget(self, wanted, forks=forks, verify=verify, on_progress=on_progress)
 
@@ -417,14 +428,6 @@ class Session(OpenSession):
 
     def _stacked(self, kept: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(kept) if kept else torch.empty(0, self._weights.config.vocab_size)
-
-
-def _whole(name: str, value: SupportsIndex) -> int:
-    """A whole number as Python's own: numpy's, for one, is no value for the journal."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number.") from None
 
 
 def _check_label(name: str, value: Any) -> None:

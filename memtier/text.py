@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import index
 from typing import Any
@@ -55,9 +55,16 @@ class TextCodec:
         tokenizer: a Hugging Face tokenizer, or None for a model that takes and yields token ids.
         vocab_size: ids are in [0, vocab_size).
         bos_token_id: stands at position 0 of a session that begins with text.
+
+    Raises:
+        ConfigError: no tokenizer.
     """
 
     def __init__(self, tokenizer: Any | None, vocab_size: int, bos_token_id: int | None) -> None:
+        if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("__call__", "all_special_ids")):
+            raise ConfigError(
+                f"tokenizer is {_short(tokenizer)}; give a tokenizer of transformers, its id or folder, or None."
+            )
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id if tokenizer is not None else None
@@ -149,7 +156,12 @@ def as_pieces(x: Any) -> Any | AsyncGenerator[Any]:
     """`x` itself if it is one piece, else an async iterator over its pieces.
 
     A plain iterator is advanced on the event loop. Bytes may be cut anywhere, also inside a character.
+
+    Raises:
+        ConfigError: a mapping or a set, whose order, or whose values, would be lost.
     """
+    if isinstance(x, (Mapping, Set)):
+        raise ConfigError(f"cannot read {_short(x)}: it is no text. Give the text of it, or a list in the order meant.")
     one = isinstance(x, (str, bytes, bytearray, memoryview, Sequence)) or hasattr(x, "__array__")
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], (str, bytes)):
         one = False

@@ -15,7 +15,7 @@ PAIRS = [
 ]
 OPENS = {"aclose": "close"}
 FOR_THE_RUNTIME_ONLY = {
-    "Session": {"close_within", "exclusive", "offline", "fork_to", "abandon", "acknowledges_each_token"},
+    "Session": {"close_within", "exclusive", "offline", "fork_to", "closed", "abandon", "acknowledges_each_token"},
     "Generation": {"note_closed"},
 }
 

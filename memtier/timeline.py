@@ -101,13 +101,46 @@ class Timeline:
             StorageError: memory cannot be read or written.
         """
         await self._end_answer()
-        if self.reader.cache is None:
-            await self._restore()
-        await self._replay.read(self.reader, self._after, on_progress)
+        try:
+            await self._read_on(on_progress)
+        except ModelError as error:
+            await self._take_back_unread(error)
 
     async def replay(self, reader: Reader) -> None:
         """Let a reader aside read the journal from its position on; see `Replay.read`."""
         await self._replay.read(reader)
+
+    async def _read_on(self, on_progress: Progress | None = None, *, until: int | None = None) -> None:
+        if self.reader.cache is None:
+            await self._restore()
+        await self._replay.read(self.reader, self._after, on_progress, until=until)
+
+    async def _take_back_unread(self, error: ModelError) -> None:
+        """Take back what was committed last and refused, if the record that says so was never written.
+
+        Whatever else the model refuses it has read before, and that stays: another model or another machine may read
+        it.
+        """
+        unread = await self.history.call(self.history.journal.newest_commit)
+        if unread is None:
+            raise error
+        start, end = unread
+        (turn,) = await self.history.turns(end - 1, end)
+        # of an answer all but the last token were read, to sample what followed them
+        for position in (end - 1, start) if turn.role == "assistant" else (start,):
+            try:
+                await self._read_on(until=position)
+                break
+            except ModelError:
+                continue
+        else:
+            raise error
+        try:
+            await self._read_on()
+        except ModelError as again:
+            log.warning("session %r: tokens from %d on are taken back: %s", self._name, position, again)
+            await self.history.rollback(position, f"the model refused a step: {again}")
+            await self._read_on()
 
     async def _restore(self) -> None:
         """Begin from the newest snapshot that can be read, else from nothing."""

@@ -123,6 +123,13 @@ class Journal(Protocol):
         """
         ...
 
+    def newest_commit(self) -> tuple[int, int] | None:
+        """The tokens [start, end) of the newest commit; None once anything but a text of theirs was written after it.
+
+        So these alone may never have been read: whoever commits reads before anything else is written.
+        """
+        ...
+
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
         """(end - start,) ids. Raises ConfigError outside [0, position], CorruptMemoryError for a damaged row."""
         ...

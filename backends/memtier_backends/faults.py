@@ -147,6 +147,10 @@ class FaultyJournal:
         self._write("rollback")
         self.inner.rollback(position, reason)
 
+    def newest_commit(self) -> tuple[int, int] | None:
+        self._read("newest_commit")
+        return self.inner.newest_commit()
+
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
         self._read("tokens")
         return self.inner.tokens(start, end)

@@ -170,6 +170,11 @@ class SqliteJournal:
             self._derived.drop_after(position)
         self._piece_start = position
 
+    def newest_commit(self) -> tuple[int, int] | None:
+        with self._content("read the newest commit"):
+            newest = "e.seq = (SELECT MAX(seq) FROM entries WHERE kind <> 'text')"
+            return next(((e.start, e.end) for e in self._rows.entries(newest, ()) if e.kind == "tokens"), None)
+
     def tokens(self, start: int, end: int) -> NDArray[np.int32]:
         start, end = int(start), int(end)
         with self._content("read tokens"):

@@ -234,6 +234,21 @@ class JournalSuite:
         assert journal.position == 0
         journal.verify()
 
+    def test_the_newest_commit_is_told_until_something_follows_it(self, journal: Journal) -> None:
+        assert journal.newest_commit() is None
+        turn = begin_turn(journal)
+        assert journal.newest_commit() is None
+        journal.commit(turn, [1, 2, 3])
+        journal.commit(turn, [4, 5], text="all of it")
+        journal.set_meta("about", 1)
+        assert journal.newest_commit() == (3, 5)
+        journal.rollback(4, "why")
+        assert journal.newest_commit() is None
+        journal.commit(turn, [6])
+        assert journal.newest_commit() == (4, 5)
+        begin_turn(journal)
+        assert journal.newest_commit() is None
+
     def test_a_rollback_forgets_what_was_derived_from_its_tokens(self, journal: Journal) -> None:
         self._with_segments(journal)
         # Into the middle of the second segment, which goes as a whole.

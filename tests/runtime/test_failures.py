@@ -19,6 +19,7 @@ from memtier.errors import (
     StorageFullError,
 )
 from memtier.reader import Reader
+from memtier.tiers.weights import WeightsTier
 from memtier_backends.faults import Faults
 from memtier_backends.layout import session_folder
 from memtier_backends.segment_store import FileSegmentStore
@@ -197,6 +198,82 @@ async def test_a_refused_step_is_taken_back_and_the_session_goes_on(
         seen = await session.observe(ids[200:], logits=True)
         assert (await session.inspect()).position == 300
     torch.testing.assert_close(seen.logits, after_all, **EXACT)
+
+
+def refuse(monkeypatch, *refused: int) -> None:
+    """Makes the model refuse every step that holds one of these tokens."""
+    original = WeightsTier.step
+
+    def step(weights, ids, *arguments, **more):
+        if set(ids.flatten().tolist()) & set(refused):
+            raise ModelError("not finite.")
+        return original(weights, ids, *arguments, **more)
+
+    monkeypatch.setattr(WeightsTier, "step", step)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["rollback-failed", "killed-before-it"])
+async def test_a_refused_step_that_no_record_took_back_is_taken_back_by_the_next_catch_up(
+    open_store, monkeypatch, caplog, killed
+) -> None:
+    refuse(monkeypatch, 7)
+    faults = Faults(fail_always=True, operations=frozenset({"journal.rollback"}))
+    async with open_store(faults=faults, snapshot_every_tokens=64) as runtime:
+        session = await runtime.session("a")
+        await session.observe([1, 2, 3] * 30)
+        with pytest.raises(StorageError):
+            await session.observe([4, 5, 7])
+        assert session.position == 93
+        faults.fail_always = False
+        if killed:
+            await session.close_within(write=False)
+            session = await runtime.session("a")
+        assert (await session.observe([4, 5])).position == 92
+        assert "tokens from 90 on are taken back" in caplog.text
+        assert (await session.timeline.tokens(88, 92)).tolist() == [2, 3, 4, 5]
+        assert (await session.inspect()).position == 92
+
+
+async def test_only_the_unread_token_of_an_answer_is_taken_back(open_store, ids, monkeypatch) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:60])
+        generation = session.generate(max_new_tokens=6)
+        _ = [piece async for piece in generation]
+        *read, last = generation.token_ids
+        await session.close_within(write=False)
+    refuse(monkeypatch, *({last} - {*read, *ids[:60]}))
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        told = (await session.timeline.tokens(60, session.position)).tolist()
+        assert told == (read if last not in {*read, *ids[:60]} else [*read, last])
+
+
+async def test_what_was_read_once_is_never_taken_back(open_store, monkeypatch) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe([1, 2, 3] * 10)
+        await session.observe([4, 5, 6])
+        await session.close_within(write=False)
+    with monkeypatch.context() as patch:
+        # of the newest commit nobody knows whether it was read, of what stands before it everybody does
+        refuse(patch, 2, 5)
+        async with open_store() as runtime:
+            with pytest.raises(ModelError):
+                await runtime.session("a")
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        assert session.position == 33
+        refuse(monkeypatch, 5, 9)
+        with pytest.raises(ModelError):
+            await session.observe([9])
+        await session.close_within(write=False)
+        # something follows that commit: it was read, and a model that refuses it now is not the one that did
+        with pytest.raises(ModelError):
+            await runtime.session("a")
+    monkeypatch.undo()
+    async with open_store() as runtime:
+        assert (await runtime.session("a")).position == 33
 
 
 @pytest.mark.parametrize("durability", ["turn", "token"])

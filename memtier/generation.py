@@ -19,6 +19,7 @@ from memtier.errors import ConfigError
 from memtier.reports import FinishReason
 from memtier.text import IncrementalText, StopText, TextCodec, check_text
 from memtier.threads import own_task, to_the_end
+from memtier.turn_lock import TurnLock
 
 __all__ = ["Generation", "Sampler", "TokenLine", "check_stop"]
 
@@ -122,7 +123,7 @@ class Generation:
         self._shown: list[str] = []
         self._tokens: list[int] = []
         self._reason: FinishReason | None = None
-        self._turns = anyio.Lock()
+        self._turns = TurnLock("this generation")
 
     @property
     def text(self) -> str:

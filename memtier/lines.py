@@ -8,7 +8,6 @@ from contextlib import AbstractAsyncContextManager, aclosing
 from functools import partial
 from typing import Protocol
 
-import anyio
 import anyio.lowlevel
 import torch
 
@@ -17,6 +16,7 @@ from memtier.feed import Feed, Step
 from memtier.reader import Manner, Reader
 from memtier.threads import WorkerThread
 from memtier.timeline import Timeline
+from memtier.turn_lock import TurnLock
 
 __all__ = ["AsideLine", "Line", "RememberedLine", "SessionDoor"]
 
@@ -27,7 +27,7 @@ class SessionDoor(Protocol):
     timeline: Timeline
     model_thread: WorkerThread
 
-    lock: anyio.Lock
+    lock: TurnLock
 
     @property
     def acknowledges_each_token(self) -> bool: ...

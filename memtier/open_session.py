@@ -16,6 +16,7 @@ from memtier.parts import Parts, Shared
 from memtier.recovery.copies import fork_to
 from memtier.recovery.holders import INTENT
 from memtier.tiers.landmarks import Held
+from memtier.turn_lock import TurnLock
 
 __all__ = ["OpenSession"]
 
@@ -42,7 +43,7 @@ class OpenSession:
         self._weights = shared.weights
         self.folder = folder
         self._on_close = on_close
-        self.lock = anyio.Lock()
+        self.lock = TurnLock(f"session {session_id!r}")
         self._line: Line | None = None
         self._closed = False
         self._pid = os.getpid()
@@ -77,7 +78,11 @@ class OpenSession:
 
     @asynccontextmanager
     async def exclusive(self, line: Line | None, *, catch_up: bool = True) -> AsyncGenerator[None]:
-        """The lock, with other lines ended and old failures raised; level with the journal (`catch_up`)."""
+        """The lock, with other lines ended and old failures raised; level with the journal (`catch_up`).
+
+        Raises:
+            SessionError: the session is closed, or the caller runs within a call on it.
+        """
         self._check_open()
         async with self.lock:
             self._check_open()

@@ -18,7 +18,7 @@ LEVELS = (
     "decode_cache",
     "models",
     "arguments",
-    "config reports text threads chat_template",
+    "config reports text threads turn_lock chat_template",
     "tiers",
     "retriever generation folder history",
     "reader retention writing listing recovery",

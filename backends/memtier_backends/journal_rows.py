@@ -184,6 +184,11 @@ class JournalRows:
         )
         return [json.loads(self._checked_record(*row)) for row in rows]
 
+    def record_at(self, rowid: int) -> list[tuple[str, str, int, Any]]:
+        """The record (kind, name, rank, JSON value) of a row, sought by no index; none if there is no such row."""
+        rows = self.execute("SELECT kind, name, rank, body, digest FROM records WHERE rowid = ?", (rowid,)).fetchall()
+        return [(*row[:3], json.loads(self._checked_record(*row))) for row in rows]
+
     def put_record(self, kind: str, name: str, rank: int, value: Any) -> None:
         body = to_json(value)
         self.execute(

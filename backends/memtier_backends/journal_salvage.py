@@ -32,7 +32,7 @@ def salvage(path: Path, target: Path) -> tuple[int, int | None]:
     with sqlite_errors(path, "read the damaged journal"), closing(connect(path, read_only=True)) as connection:
         rows = JournalRows(path, connection)
         entries = list(_readable(rows))
-        records = list(_readable_records(rows))
+        records = _readable_records(rows)
         try:
             # a damaged log may have held more than SQLite reads of it
             check_log(path)
@@ -66,19 +66,27 @@ def _readable(rows: JournalRows) -> Iterator[Entry]:
         return
 
 
-def _readable_records(rows: JournalRows) -> Iterator[tuple[str, str, int, Any]]:
-    for kind in ("meta", "segment", "snapshot"):
+def _readable_records(rows: JournalRows) -> list[tuple[str, str, int, Any]]:
+    """Records that have their hash, each kind by rank."""
+    found = []
+    for rowid in _rowids(rows):
         try:
-            names = [name for (name,) in rows.execute("SELECT name FROM records WHERE kind = ? ORDER BY rank", (kind,))]
-        except (sqlite3.Error, UnicodeDecodeError):
+            found += rows.record_at(rowid)
+        except (CorruptMemoryError, sqlite3.Error, UnicodeDecodeError, ValueError):
             continue
-        for name in names:
-            try:
-                (value,) = rows.records(kind, name)
-                (rank,) = rows.execute("SELECT rank FROM records WHERE kind = ? AND name = ?", (kind, name)).fetchone()
-            except (CorruptMemoryError, sqlite3.Error, UnicodeDecodeError, ValueError):
-                continue
-            yield kind, name, rank, value
+    return sorted(found, key=lambda record: (record[0], record[2], record[1]))
+
+
+def _rowids(rows: JournalRows) -> list[int]:
+    """Of the records that the table or its index leads to: one of them may be damaged."""
+    found: set[int] = set()
+    for source in ("NOT INDEXED", "INDEXED BY sqlite_autoindex_records_1 WHERE kind > ''"):
+        try:
+            for (rowid,) in rows.execute(f"SELECT rowid FROM records {source}"):
+                found.add(rowid)
+        except sqlite3.Error:
+            continue
+    return sorted(found)
 
 
 def _fill(

@@ -16,6 +16,7 @@ from memtier.errors import (
     StorageError,
     StorageFullError,
 )
+from memtier_backends.journal_salvage import salvage
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.records import SnapshotRecord
 from memtier_backends.segments import pack_segment
@@ -359,6 +360,29 @@ def test_a_text_that_is_too_large_is_no_damage(path: Path) -> None:
         journal.tokens(231, 731)
     journal._rows.connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, limit)
     journal.close()
+
+
+@pytest.mark.parametrize("where", ["records", "sqlite_autoindex_records_1"], ids=["row", "index"])
+def test_a_record_that_the_table_or_its_index_still_leads_to_is_kept(path: Path, tmp_path: Path, where: str) -> None:
+    journal = SqliteJournal.open(path)
+    journal.set_meta("session", {"id": "a"})
+    journal.set_meta("forget", {"ranges": [[1, 2]]})
+    expected = answers(journal)
+    (page,) = journal._rows.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (where,)).fetchone()
+    journal.close()
+    data = bytearray(path.read_bytes())
+    # of the row another record is damaged, and of the index the way to this one
+    name = b"metaid" if where == "records" else b"metaforget"
+    data[data.index(name, (page - 1) * 4096, page * 4096) + 4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptMemoryError):
+        SqliteJournal.open(path)
+    assert salvage(path, tmp_path / "mended.sqlite3") == (230, 0)
+    mended = SqliteJournal.open(tmp_path / "mended.sqlite3")
+    assert mended.get_meta("forget") == {"ranges": [[1, 2]]}
+    assert mended.get_meta("session") == {"id": "a"}
+    assert mended.get_meta("id") == (None if where == "records" else expected["id"])
+    mended.close()
 
 
 LEFT = [

@@ -164,6 +164,9 @@ async def test_progress_is_told_of_tokens_that_are_read_again(open_store, ids, t
         assert "session 'a': reading 200 tokens again, from token 0 on" in caplog.text
         await runtime.import_session(tmp_path / "a.memtier", "b", on_progress=imported)
         assert imported.is_of(200)
+        forgotten = Progress()
+        report = await session.forget(start=10, end=50, on_progress=forgotten)
+        assert forgotten.is_of(report.replayed_tokens) and report.replayed_tokens == 160
 
 
 async def test_no_segment_reaches_over_a_snapshot(open_store, ids) -> None:

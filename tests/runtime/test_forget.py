@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 
 import anyio
 import anyio.lowlevel
@@ -155,13 +155,13 @@ async def test_the_proof_is_refused_where_the_scan_would_find_nothing(told, monk
 async def test_a_proof_stops_its_forks_and_nobody_else(told, monkeypatch) -> None:
     runtime, session = told
     fork, other = await session.fork("b"), await runtime.session("other")
-    began, found = anyio.Event(), erasure._found
+    began, found, other_read = anyio.Event(), erasure._found, threading.Event()
     loop = anyio.lowlevel.current_token().native_token
     done: list[str] = []
 
-    def slow(windows, files):
+    def held(windows, files):
         loop.call_soon_threadsafe(began.set)
-        time.sleep(0.2)
+        assert other_read.wait(60)
         done.append("scan")
         return found(windows, files)
 
@@ -169,8 +169,10 @@ async def test_a_proof_stops_its_forks_and_nobody_else(told, monkeypatch) -> Non
         await began.wait()
         await one.observe("and on")
         done.append(name)
+        if name == "other":
+            other_read.set()
 
-    monkeypatch.setattr(erasure, "_found", slow)
+    monkeypatch.setattr(erasure, "_found", held)
     (hit, *_) = await session.recall("Bodiv code")
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(read_on, fork, "fork")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import anyio
 import pytest
 import torch
 
@@ -16,7 +20,7 @@ import memtier
 from memtier.errors import StorageError, StorageFullError
 from memtier.folder import SessionFolder
 from memtier.runtime import Runtime
-from memtier_backends.faults import Faults
+from memtier_backends.segment_store import FileSegmentStore
 from memtier_backends.space import Space
 
 pytestmark = pytest.mark.anyio
@@ -163,14 +167,27 @@ async def test_a_session_that_finds_no_room_is_opened_with_what_was_set_aside(
         assert reserve.stat().st_size == 1000
 
 
-async def test_limits_and_waiting_are_shown(open_store, ids) -> None:
-    slow = Faults(latency_seconds=0.05, operations=frozenset({"segments.put"}))
-    async with open_store(faults=slow, inbox_blocks=8, hot_bytes=2**20, landmark_bytes=None) as runtime:
+async def test_limits_and_waiting_are_shown(open_store, ids, monkeypatch) -> None:
+    released, seconds = threading.Event(), itertools.count()
+
+    class HeldStore(FileSegmentStore):
+        def put(self, name: str, data: bytes) -> None:
+            assert released.wait(60)
+            super().put(name, data)
+
+    def clock() -> int:
+        # it is looked at where the session begins to wait
+        released.set()
+        return next(seconds)
+
+    monkeypatch.setattr("memtier.updater.time", SimpleNamespace(perf_counter=clock))
+    async with open_store(segments=HeldStore, inbox_blocks=8, hot_bytes=2**20, landmark_bytes=None) as runtime:
         session = await runtime.session("a")
-        for at in range(0, 300, 20):
-            await session.observe(ids[at : at + 20])
+        with anyio.fail_after(60):
+            for at in range(0, 300, 20):
+                await session.observe(ids[at : at + 20])
         (stats,) = runtime.stats().sessions
-    assert stats.waited_seconds > 0.05
+    assert stats.waited_seconds >= 1
     assert stats.inbox_blocks <= stats.inbox_limit_blocks + 20 // 4
     assert (stats.inbox_limit_blocks, stats.hot_limit_bytes, stats.landmark_limit_bytes) == (8, 2**20, None)
 

@@ -178,8 +178,7 @@ def check_never_begun(folder: Path) -> None:
     if left:
         raise CorruptMemoryError(
             f"the journal {SessionPaths(folder).journal} is missing, and {', '.join(left)} beside it are of a session. "
-            "Restore the file from a backup, run: memtier doctor --rebuild, or delete the session. An import that was "
-            "cut off may be sent again."
+            "Restore the file from a backup, run: memtier doctor --rebuild, or delete the session."
         )
 
 

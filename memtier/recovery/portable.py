@@ -34,7 +34,7 @@ from memtier.folder import FORMAT as SESSION_FORMAT
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.files import TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
-from memtier_backends.layout import SessionPaths
+from memtier_backends.layout import SessionPaths, check_never_begun
 from memtier_backends.lock import SessionLock
 from memtier_backends.records import DIGEST_BYTES, SnapshotRecord
 from memtier_backends.segment_store import FileSegmentStore
@@ -126,12 +126,12 @@ def export_session(session: SessionFolder, path: Path) -> None:
 def import_session(
     path: Path, folder: Path, identity: dict[str, str], weights: WeightsTier, settings: MemorySettings
 ) -> None:
-    """Make a session of an exported file, in the folder of one that is not there yet. The journal is written last.
+    """Make a session of an exported file, in the folder of one that is not there yet, aside and then put in place.
 
     Raises:
         SessionError: there is such a session, or no such file.
         IncompatibleMemoryError: another model, other sizes or another format; names the field.
-        CorruptMemoryError: the file is not as it was written.
+        CorruptMemoryError: the file is not as it was written, or the folder holds what is left of another session.
     """
     where = f"the exported session {path}"
     with _opened(path) as file:
@@ -155,14 +155,16 @@ def import_session(
                 raise SessionError(
                     f"session {identity['id']!r} exists already. Give another id, or delete that session first."
                 )
-            scratch = paths.partial()
+            check_never_begun(folder)
+            aside = SessionPaths(paths.partial())
             try:
-                scratch.mkdir()
-                _fill(file, header, meta, paths, scratch / "journal.sqlite3", where)
+                aside.folder.mkdir()
+                _fill(file, header, meta, aside, where)
+                _put_in_place(aside, paths)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-            shutil.rmtree(scratch)
+            shutil.rmtree(aside.folder)
 
 
 def exported_id(path: Path) -> str:
@@ -245,14 +247,23 @@ def _read_header(file: BinaryIO, where: str) -> _Header:
     return header
 
 
-def _fill(
-    file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, scratch: Path, where: str
-) -> None:
+def _put_in_place(aside: SessionPaths, paths: SessionPaths) -> None:
+    """The journal last: with it the session is there."""
+    with storage_errors(f"put the imported session in {paths.folder}"):
+        for part, place in ((aside.segments, paths.segments), (aside.snapshots, paths.snapshots)):
+            if part.is_dir():
+                os.rename(part, place)
+        flush_folder(paths.folder)
+        os.rename(aside.journal, paths.journal)
+        flush_folder(paths.folder)
+
+
+def _fill(file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, where: str) -> None:
     tokens, *rest = header.parts
     if tokens.kind != "tokens" or tokens.size % 4 or any(part.kind == "tokens" for part in rest):
         raise CorruptMemoryError(f"{where} does not begin with its tokens.")
     ids = np.frombuffer(_read_part(file, tokens, where), "<i4")
-    journal = SqliteJournal.open(scratch, scratch=True)
+    journal = SqliteJournal.open(paths.folder / "scratch.sqlite3", scratch=True)
     try:
         journal.set_meta(META, meta)
         journal.set_meta(WEIGHTS, None if header.weights is None else header.weights.model_dump())

@@ -69,4 +69,4 @@ def test_files_versions_and_memory_stay_bounded(tmp_path: Path, tokenizer) -> No
 
 
 def test_the_soak_itself_runs(tmp_path: Path, tokenizer) -> None:
-    assert soak(tmp_path / "store", tokenizer, 0.1, 500, 7) == 7
+    assert soak(tmp_path / "store", tokenizer, 0, 500, 7) == 7

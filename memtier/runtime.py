@@ -129,8 +129,8 @@ class Runtime:
                 f"was opened: keep the whole 'async with memtier.open(...)' in one task."
             )
         self._closed = True
-        # what waits is in the journal already: a cancelled program need not wait for it to be written out
-        write = not (kind is not None and issubclass(kind, anyio.get_cancelled_exc_class()))
+        # what waits is in the journal already: a program that is cancelled or interrupted need not wait for it
+        write = not (kind is not None and issubclass(kind, (anyio.get_cancelled_exc_class(), KeyboardInterrupt)))
         failures: list[MemtierError] = []
         try:
             failures = await self._put_away(write)

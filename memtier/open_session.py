@@ -109,6 +109,7 @@ class OpenSession:
     async def fork_to(self, folder: Path, session_id: str) -> list[Held]:
         """Copy the session to the folder of a new one, and give the landmarks that the new one would read."""
         async with self.exclusive(None):
+            await self._shared.journal.run(self._shared.space.check)
             await self._settle()
             await self._shared.journal.run(fork_to, self.folder, folder, session_id)
             return await self.model_thread.run(self._storage.landmarks_in_memory)

@@ -56,6 +56,9 @@ class OpenSessions:
         folder = self._folder(session_id)
         async with self._one_at_a_time(session_id):
             session = self._sessions.get(session_id)
+            if session is not None and session.closed:
+                await session.close_within(write=False)  # until whoever is closing it has done so
+                session = None
             if session is None:
                 async with self._place(adapter) as shared:
                     if reread:
@@ -79,6 +82,7 @@ class OpenSessions:
             if session_id in self._sessions:
                 raise SessionError(f"session {session_id!r} is open. Give another id, or delete that session first.")
             async with self._place(adapter) as shared:
+                await shared.journal.run(shared.space.check)
                 identity = self._identity(session_id)
                 await shared.journal.run(import_session, path, folder, identity, shared.weights, shared.settings)
                 session = await self._opened(session_id, folder, shared, on_progress=on_progress)

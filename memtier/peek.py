@@ -1,11 +1,14 @@
 """Looking at a session without touching it: a copy that can be opened while another process owns the original.
 
 The journal is copied (a consistent copy, whoever writes to it meanwhile); segments and snapshots are immutable, so the
-copy links to them. The index is left out: looking needs none.
+copy has names of its own for them, and keeps those that the owner merges or drops meanwhile. The index is left out:
+looking needs none.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +16,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from memtier.errors import SessionNotFoundError
+from memtier_backends.files import storage_errors
+from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, check_never_begun, session_folder
 from memtier_backends.sqlite_file import connect, sqlite_errors
 
 __all__ = ["peek", "require_session"]
+
+TRIES = 5
+"""An owner that merges segments may drop a file just when it is to be named."""
 
 
 def require_session(store: Path, tenant: str, session_id: str) -> SessionPaths:
@@ -48,15 +56,44 @@ def peek(store: Path, tenant: str, session_id: str) -> Iterator[Path]:
     original = require_session(store, tenant, session_id)
     with tempfile.TemporaryDirectory(prefix="memtier-peek-") as folder:
         copy = SessionPaths(session_folder(folder, tenant, session_id))
-        copy.folder.mkdir(parents=True)
-        with (
-            sqlite_errors(original.journal, "copy the journal"),
-            closing(connect(original.journal, read_only=True)) as source,
-            closing(sqlite3.connect(copy.journal)) as target,
-        ):
-            source.backup(target)
-        for there, here in ((original.segments, copy.segments), (original.snapshots, copy.snapshots)):
-            here.mkdir()
-            for file in there.iterdir() if there.is_dir() else ():
-                (here / file.name).symlink_to(file)
+        for part in (copy.segments, copy.snapshots):
+            part.mkdir(parents=True)
+        for _ in range(TRIES):
+            _copy_journal(original, copy)
+            if _link_files(original, copy):
+                break
         yield Path(folder)
+
+
+def _copy_journal(original: SessionPaths, copy: SessionPaths) -> None:
+    with (
+        sqlite_errors(original.journal, "copy the journal"),
+        closing(connect(original.journal, read_only=True)) as source,
+        closing(sqlite3.connect(copy.journal)) as target,
+    ):
+        source.backup(target)
+
+
+def _link_files(original: SessionPaths, copy: SessionPaths) -> bool:
+    """Name the files that the copied journal names; False if some went meanwhile, and a newer journal names others."""
+    journal = SqliteJournal.open(copy.journal)
+    try:
+        files = [(original.segments / m.name, copy.segments / m.name) for m in journal.segments()]
+        files += [(original.snapshots / s.name, copy.snapshots / s.name) for s in journal.snapshots()]
+    finally:
+        journal.close()
+    with storage_errors(f"look at the files of {original.folder}"):
+        return all(here.exists() or _link(there, here) for there, here in files)
+
+
+def _link(there: Path, here: Path) -> bool:
+    try:
+        os.link(there, here)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        # another disk: looked at where it lies, as long as it lies there
+        here.symlink_to(there)
+    return True

@@ -198,6 +198,9 @@ class Session(OpenSession):
         max_new_tokens = whole_number(
             "max_new_tokens", max_new_tokens, lambda number: number >= 1, "a whole number of at least 1"
         )
+        if not isinstance(remember, bool):
+            # what is not to be remembered must not be for a slip
+            raise ConfigError(f"remember is {remember!r}; it must be True or False.")
         if retrieval not in (None, "on", "off", "random", "recent"):
             raise ConfigError(f"retrieval is {retrieval!r}; it must be 'on', 'off', 'random', 'recent' or None.")
         codec = self._weights.codec
@@ -317,6 +320,7 @@ class Session(OpenSession):
         """
         _check_label("the checkpoint's name", name)
         async with self.exclusive(None):
+            await self._shared.journal.run(self._shared.space.check)
             await self._settle()
             await self._shared.journal.run(make_checkpoint, self.folder, name)
 
@@ -404,6 +408,8 @@ class Session(OpenSession):
         """
         self._check_open()
         check_progress(on_progress)
+        if hit is not None and not isinstance(hit, MemoryHit):
+            raise ConfigError(f"hit is {hit!r}; it must be one that recall gave. Else give start= and end=, or turn=.")
         wanted = Wanted(hit, start, end, turn)
         return await self._forgetter.forget(self, wanted, forks=forks, verify=verify, on_progress=on_progress)
 

@@ -7,6 +7,7 @@ copy or none, and what it leaves of one is dropped when the session is opened ne
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import time
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionError
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, SessionError, SessionNotFoundError
 from memtier.folder import META, SessionFolder
 from memtier.recovery.reports import CheckpointInfo
 from memtier_backends.files import flush_folder, link_or_copy, storage_errors
@@ -23,6 +24,8 @@ from memtier_backends.layout import SessionPaths, check_never_begun, remove_sess
 from memtier_backends.lock import SessionLock
 
 __all__ = ["checkpoints", "drop_checkpoint", "fork_to", "make_checkpoint", "restore_checkpoint"]
+
+log = logging.getLogger("memtier")
 
 CHECKPOINT = "checkpoint"
 
@@ -64,12 +67,18 @@ def make_checkpoint(source: SessionFolder, name: str) -> None:
 
 
 def checkpoints(paths: SessionPaths) -> list[CheckpointInfo]:
-    """The checkpoints of a session, oldest first.
+    """The checkpoints of a session, oldest first. One that is damaged is left out, with a warning in the log.
 
     Raises:
         StorageError: one of them cannot be read.
     """
-    return sorted(map(_describe, paths.checkpoint_folders()), key=lambda info: info.created_at)
+    known = []
+    for kept in paths.checkpoint_folders():
+        try:
+            known.append(_describe(kept))
+        except (CorruptMemoryError, SessionNotFoundError) as error:
+            log.warning("the checkpoint in %s is left out: %s Run: memtier doctor", kept.folder, error)
+    return sorted(known, key=lambda info: info.created_at)
 
 
 def restore_checkpoint(session: SessionFolder, name: str) -> None:
@@ -93,9 +102,11 @@ def restore_checkpoint(session: SessionFolder, name: str) -> None:
     finally:
         opened.close()
     _link(kept.segments, session.paths.segments, segments)
-    _link(kept.snapshots, session.paths.snapshots, snapshots)
+    lost = _link_what_is_there(kept.snapshots, session.paths.snapshots, snapshots)
     session.drop_index()
     session.journal.replace_with(kept.journal)
+    for snapshot in lost:
+        session.journal.drop_snapshot(snapshot)
     session.journal.set_meta(CHECKPOINT, None)
     session.clean()
 
@@ -142,7 +153,8 @@ def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_
             partial.folder.mkdir()
         journal.copy_to(partial.journal)
         _link(source.paths.segments, partial.segments, [record.name for record in journal.segments()])
-        _link(source.paths.snapshots, partial.snapshots, [record.name for record in journal.snapshots()])
+        snapshots = [record.name for record in journal.snapshots()]
+        lost = _link_what_is_there(source.paths.snapshots, partial.snapshots, snapshots)
         with storage_errors(f"copy the session to {target}"):
             if with_index and source.paths.index.is_dir():
                 shutil.copytree(source.paths.index, partial.index, copy_function=_link_file)
@@ -150,6 +162,8 @@ def _copy(source: SessionFolder, target: Path, meta: Mapping[str, Any], *, with_
         try:
             # a forget reaches what stands in a copy, and nothing else
             copy.drop_rolled_back()
+            for snapshot in lost:
+                copy.drop_snapshot(snapshot)
             for key, value in meta.items():
                 copy.set_meta(key, value)
             if not with_index:
@@ -207,6 +221,15 @@ def _link(source: Path, target: Path, names: list[str]) -> None:
                     f"{source / name} is missing, though its journal names it. Run: memtier doctor --rebuild"
                 ) from error
         flush_folder(target)
+
+
+def _link_what_is_there(source: Path, target: Path, names: list[str]) -> list[str]:
+    """As `_link` for snapshots, which only save time: those that are missing, which no copy needs."""
+    lost = [name for name in names if not (source / name).exists()]
+    for name in lost:
+        log.warning("the snapshot %s is missing, and left out", source / name)
+    _link(source, target, [name for name in names if name not in lost])
+    return lost
 
 
 def _link_file(source: str, target: str) -> None:

@@ -81,8 +81,13 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     if tokenizer is None:
         return "none"
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return digest(text.encode())
+    if backend is None:
+        about = tokenizer.get_vocab()
+    else:
+        about = json.loads(backend.to_str())
+        # how it was called last, which changes no token of ours
+        about["truncation"] = about["padding"] = None
+    return digest(json.dumps(about, sort_keys=True).encode())
 
 
 def hash_tensors(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

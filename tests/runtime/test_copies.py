@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 
@@ -232,3 +233,61 @@ async def test_history_tells_the_turns(open_store) -> None:
         assert (answer.role, answer.start, answer.end) == ("assistant", 7, session.position)
         assert answer.created_at >= first.created_at > 0
         assert [turn.start for turn in await session.history(5, 6)] == [4]
+
+
+async def test_a_damaged_checkpoint_hides_no_other(open_store, ids, caplog) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:50])
+        for name in ("good", "bad"):
+            await session.checkpoint(name)
+        session.folder.paths.checkpoint("bad").journal.write_bytes(b"no journal" * 1000)
+        assert [info.name for info in await session.checkpoints()] == ["good"]
+        assert "is left out" in caplog.text
+        with pytest.raises(SessionError, match="there are: 'good'"):
+            await session.restore("other")
+        await session.drop_checkpoint("bad")
+
+
+async def test_a_session_that_is_being_closed_is_opened_again_when_it_is_free(open_store, ids, monkeypatch) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids)
+        closing, may_go_on, free = anyio.Event(), anyio.Event(), session._free
+        again = []
+
+        async def slowly() -> None:
+            closing.set()
+            await may_go_on.wait()
+            await free()
+
+        async def ask() -> None:
+            again.append(await runtime.session("a"))
+
+        monkeypatch.setattr(session, "_free", slowly)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(session.close)
+            await closing.wait()
+            tasks.start_soon(ask)
+            await anyio.wait_all_tasks_blocked()
+            may_go_on.set()
+        (other,) = again
+        assert other is not session
+        assert (await other.observe(ids[:3])).position == len(ids) + 3
+
+
+async def test_a_snapshot_that_is_lost_costs_time_and_no_copy(open_store, ids, tmp_path) -> None:
+    async with open_store(snapshot_every_tokens=64) as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:200])
+        await session.checkpoint("before")
+        kept = session.folder.paths.checkpoint("before")
+        for paths in (session.folder.paths, kept):
+            files = sorted(paths.snapshots.iterdir())
+            assert files
+            files[-1].unlink()
+        fork = await session.fork("b")
+        await session.checkpoint("after")
+        await session.restore("before")
+        logits = [(await one.observe(ids[200:], logits=True)).logits for one in (session, fork)]
+        torch.testing.assert_close(*logits, rtol=0.0, atol=1e-9)

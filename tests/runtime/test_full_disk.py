@@ -56,6 +56,9 @@ async def test_below_the_watermark_nothing_is_taken_and_all_can_be_read(open_sto
         assert session.position == 200
         assert (await session.block(3)).start == 12
         assert len(await session.history()) == 1
+        for more in (session.checkpoint("kept"), session.fork("b")):
+            with pytest.raises(StorageFullError, match="nothing new is taken"):
+                await more
         report = await session.forget(start=50, end=100)
         assert report.position == 150
         monkeypatch.undo()

@@ -15,6 +15,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import memtier
 from memtier.errors import (
@@ -435,3 +436,13 @@ def test_the_blocking_store_keeps_no_session_that_was_closed(tmp_path: Path, tok
         del session
         gc.collect()
         assert inner() is None
+
+
+async def test_how_a_tokenizer_was_called_last_is_no_part_of_it(open_store, ids, tmp_path) -> None:
+    other = AutoTokenizer.from_pretrained(Path(memtier.__file__).parent / "models" / "nano")
+    async with open_store() as runtime:
+        await (await runtime.session("a")).observe(ids)
+    other.pad_token = other.pad_token or other.eos_token or other.bos_token
+    other(["a", "abc"], padding=True, truncation=True, max_length=2)
+    async with open_store(tokenizer=other) as runtime:
+        assert (await runtime.session("a")).position == len(ids)

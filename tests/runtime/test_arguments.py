@@ -38,6 +38,7 @@ SAMPLING = {
     "top_k": [1.5, -1, "x", None],
     "seed": ["x", 1.5, 2**70, -(2**70)],
     "retrieval": ["nope", 3],
+    "remember": [None, "no", 0],
 }
 
 
@@ -138,6 +139,15 @@ async def test_layers_and_blocks_have_whole_numbers(open_store, ids) -> None:
                 await session.block(value)
         with pytest.raises(ConfigError, match="layer is 99; this model has layers 0 to 2"):
             await session.state(99)
+
+
+@pytest.mark.parametrize("hit", ["x", 3], ids=repr)
+async def test_what_is_forgotten_is_what_recall_found(open_store, hit: Any) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe("The rain in Spain")
+        with pytest.raises(ConfigError, match="hit is"):
+            await session.forget(hit)
 
 
 async def test_progress_is_told_to_a_plain_function_only(open_store, tmp_path: Path) -> None:

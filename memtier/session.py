@@ -93,6 +93,7 @@ class Session(OpenSession):
             ModelError: the model refused a step, which was taken back; the steps before stand.
             StorageError: memory could not be read or written; what was acknowledged stands.
         """
+        self._check_open()
         for name, value in (("role", role), ("source", source)):
             if value is not None or name == "role":
                 _check_label(name, value)

@@ -7,6 +7,7 @@ context, which tasks inherit, does.
 
 from __future__ import annotations
 
+import os
 from contextvars import ContextVar
 from types import TracebackType
 
@@ -29,6 +30,7 @@ class TurnLock:
 
     def __init__(self, what: str) -> None:
         self._what = what
+        self._pid = os.getpid()
         self._lock = anyio.Lock()
         self._turn: object | None = None
 
@@ -36,8 +38,13 @@ class TurnLock:
         """Wait for the turn.
 
         Raises:
-            SessionError: the caller runs within the turn that it would wait for.
+            SessionError: the caller runs within the turn that it would wait for, or in a forked child process.
         """
+        if os.getpid() != self._pid:
+            raise SessionError(
+                f"{self._what} was opened by process {self._pid}, and this is process {os.getpid()}: threads and locks "
+                f"do not survive a fork. Open the store in the child, or start it with 'spawn'."
+            )
         if self._turn in _turns.get():
             raise SessionError(
                 f"{self._what} was asked for something from within a call on it, by an iterator that this call reads "

@@ -177,6 +177,37 @@ async def test_a_forked_child_gets_a_clear_error(open_store) -> None:
         assert (await session.observe("there")).position == 11
 
 
+async def test_a_forked_child_waits_for_no_thread_that_it_does_not_have(open_store) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe("hello")
+        generation = session.generate("x")
+        await anext(generation)
+        calls = {
+            "observe": lambda: session.observe("x"),
+            "recall": lambda: session.recall("x"),
+            "close": session.close,
+            "next": generation.__anext__,
+            "aclose": generation.aclose,
+            "session": lambda: runtime.session("b"),
+        }
+        for name, call in calls.items():
+            pid = os.fork()
+            if pid == 0:
+                status = 1
+                signal.alarm(60)
+                try:
+                    anyio.run(call)
+                except SessionError as error:
+                    status = 0 if "survive a fork" in str(error) else 2
+                finally:
+                    os._exit(status)
+            _, status = os.waitpid(pid, 0)  # noqa: ASYNC222
+            assert os.waitstatus_to_exitcode(status) == 0, name
+        await generation.aclose()
+        assert (await session.observe("there")).tokens == 5
+
+
 async def test_keys_that_are_not_finite_are_refused_wherever_they_come_from(open_store, ids) -> None:
     import copy
 

@@ -113,6 +113,10 @@ def _without(old: Collection[Entry], start: int, end: int, scrub: Collection[int
             continue
         seq += 1
         yield Entry(seq, entry.kind, entry.turn, first, last, mark, body, b"", live)
+        if entry.kind == "tokens" and entry.turn in scrub and last == 1:
+            # only the token that begins a text is left of it: it stands for no text, and that is known
+            seq += 1
+            yield Entry(seq, "text", entry.turn, first, last, 0, b"", b"", 1)
 
 
 def _gap(forgotten: Sequence[Range], span: Range, start: int, end: int) -> dict[str, list[Range]]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import anyio
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from memtier.errors import CorruptMemoryError, SessionError, StorageError, StorageFullError
 from memtier.forgetting import Forgetter
 from memtier.recovery import forget as on_disk
 from memtier.recovery.holders import INTENT
+from memtier.testing import tiny_model
 from memtier_backends.faults import Faults
 from memtier_backends.layout import SessionPaths, session_folder
 
@@ -262,3 +267,42 @@ async def test_integers_of_any_kind_say_what_to_forget(open_store, ids) -> None:
         assert (await session.forget(start=np.int64(10), end=np.int32(20))).tokens == 10
         with pytest.raises(ValueError, match=r"start is 1\.5"):
             await session.forget(start=1.5, end=20)  # pyright: ignore[reportArgumentType]
+
+
+# -- under another model
+
+
+@pytest.fixture(params=["the same tokenizer", "another tokenizer"])
+def another(request, tokenizer, tmp_path) -> dict[str, object]:
+    """Another model of other sizes, and its tokenizer: the same, or one that numbers two bytes the other way round."""
+    if request.param == "another tokenizer":
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        path = tmp_path / "tokenizer" / "tokenizer.json"
+        about = json.loads(path.read_text())
+        numbers = about["model"]["vocab"]
+        numbers["a"], numbers["b"] = numbers["b"], numbers["a"]
+        path.write_text(json.dumps(about))
+        tokenizer = AutoTokenizer.from_pretrained(path.parent)
+    return {"model": tiny_model(seed=5, dtype=torch.float64), "tokenizer": tokenizer, "window_tokens": 32}
+
+
+async def test_copies_under_the_model_before_forget_it_too(open_store, tmp_path, another) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(SUN)
+        await tell(session)
+        await session.forget(turn=0)
+        await session.checkpoint("old")
+        await (await session.fork("b")).checkpoint("of b")
+    async with open_store(**another) as runtime:
+        session = await runtime.session("a", reread=True)
+        turn = next(turn.turn for turn in await session.history() if turn.text == SECRET)
+        report = await session.forget(turn=turn, verify=True)
+        assert report.forks == ("b",)
+        assert set(report.checkpoints) == {"old", "of b"}
+        assert report.proof is not None and report.proof.proven, report.proof
+        assert SECRET not in await said(session)
+    files = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
+    assert not any(b"nobody may know" in path.read_bytes() for path in files)
+    async with open_store() as runtime:
+        assert await said(await runtime.session("b")) == ["", RAIN, SUN]

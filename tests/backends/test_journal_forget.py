@@ -91,7 +91,7 @@ def test_half_a_turn_may_be_forgotten(tmp_path: Path) -> None:
 def test_of_a_turn_that_only_keeps_the_token_that_begins_it_the_text_is_known(tmp_path: Path) -> None:
     journal = told(tmp_path)
     journal.forget(1, 20, scrub=[journal.turns()[0].turn], derived_to=0, meta={})
-    assert [(t.start, t.end, t.text) for t in journal.turns()][0] == (0, 1, "")
+    assert next((t.start, t.end, t.text) for t in journal.turns()) == (0, 1, "")
     journal.verify()
     journal.close()
 

@@ -161,28 +161,24 @@ async def test_nothing_is_written_to_a_fork_between_its_intent_and_the_end(open_
         await tell(session)
         fork = await session.fork("b")
         waits: list[str] = []
-        take_out = Forgetter._take_out
+        locked, offline = anyio.Event(), Forgetter._offline
 
         async def write_to_the_fork() -> None:
+            await locked.wait()
             with pytest.raises(SessionError, match="closed"):
                 await fork.observe(SUN)
             waits.append("refused")
 
+        async def locked_and_waited_for(*arguments):
+            opened = await offline(*arguments)
+            locked.set()
+            for _ in range(10):
+                await anyio.lowlevel.checkpoint()
+            return opened
+
+        monkeypatch.setattr(Forgetter, "_offline", locked_and_waited_for)
         async with anyio.create_task_group() as tasks:
-
-            async def beside_a_writer(forgetter, *arguments, **options):
-                offline = forgetter._offline
-
-                async def locked_and_waited_for(stack, one):
-                    opened = await offline(stack, one)
-                    tasks.start_soon(write_to_the_fork)
-                    await anyio.lowlevel.checkpoint()
-                    return opened
-
-                monkeypatch.setattr(forgetter, "_offline", locked_and_waited_for)
-                return await take_out(forgetter, *arguments, **options)
-
-            monkeypatch.setattr(Forgetter, "_take_out", beside_a_writer)
+            tasks.start_soon(write_to_the_fork)
             await cut_off(session, faults, turn=1)
         assert waits == ["refused"]
         for name in ("a", "b"):

@@ -234,7 +234,7 @@ def _stretched(runtime: Any, data: bytes, options: DurabilityOptions, on_progres
     session = runtime.session("long")
     # one token begins every text
     session.observe(data[: FIRST_TOKENS + tokens % STEP_TOKENS - 1].decode())
-    session._portal.call(partial(stretch, session._inner, tokens, on_progress))
+    session._loop.call(partial(stretch, session._inner, tokens, on_progress))
     session.flush()
     opened = _opened(runtime, options, "long")
     session = runtime.session("long")
@@ -277,7 +277,7 @@ def _opened(runtime: Any, options: DurabilityOptions, name: str = "a") -> Times:
 def _opened_after_a_crash(runtime: Any) -> dict[str, float]:
     """A session that was left without a word is read again from its last snapshot."""
     session = runtime.session("a")
-    session._portal.call(partial(session._inner.close_within, write=False))
+    session._loop.call(partial(session._inner.close_within, write=False))
     began = time.perf_counter()
     timeline = runtime.session("a")._inner.timeline
     return {"seconds": time.perf_counter() - began, "tokens_read_again": timeline.position - timeline.restored_from}

@@ -52,7 +52,7 @@ def test_a_session_that_was_stretched_can_be_read_on(tmp_path: Path, model: str)
     with memtier.open_sync(tmp_path, model=model, config=memtier.MemoryConfig(snapshot_every_tokens=1024)) as runtime:
         session = runtime.session("a")
         session.observe("ab" * 1023 + "c")  # one token begins every text
-        session._portal.call(stretch, session._inner, 6 * 1024, lambda *_: None)
+        session._loop.call(stretch, session._inner, 6 * 1024, lambda *_: None)
         session.close()
         again = runtime.session("a")
         assert again.position == 6 * 1024 and again._inner.timeline.restored_from == 6 * 1024
@@ -61,7 +61,7 @@ def test_a_session_that_was_stretched_can_be_read_on(tmp_path: Path, model: str)
         (health,) = runtime.doctor(full=True)
         assert health.healthy, health
         with pytest.raises(ConfigError, match="whole steps"):
-            runtime.session("a")._portal.call(stretch, runtime.session("a")._inner, 10_000, lambda *_: None)
+            runtime.session("a")._loop.call(stretch, runtime.session("a")._inner, 10_000, lambda *_: None)
 
 
 @pytest.mark.parametrize("lengths", [(2000, 1000), (10,), (10**9,)], ids=str)

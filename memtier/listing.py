@@ -9,7 +9,7 @@ from pathlib import Path
 from memtier.errors import SessionNotFoundError, StorageError
 from memtier.folder import META
 from memtier.reports import SessionInfo
-from memtier_backends.files import bytes_under
+from memtier_backends.files import bytes_under, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import (
     SessionPaths,
@@ -30,17 +30,31 @@ log = logging.getLogger("memtier")
 def list_sessions(store: str | Path, tenant: str = "default") -> list[SessionInfo]:
     """Every session of a tenant, read from the journals: no model, no lock, nothing written.
 
+    A session whose journal cannot be read is left out, with a warning in the log that names its folder.
+
     Raises:
         ConfigError: a store that is no local folder.
-        StorageError: a journal cannot be read.
+        StorageError: the store cannot be read.
     """
     return describe_all(check_store(store), tenant, frozenset())
 
 
 def describe_all(store: Path, tenant: str, open_ids: frozenset[str]) -> list[SessionInfo]:
     """See `list_sessions`; `open_ids` are those that the asking runtime has open."""
-    listed = (_describe(folder, tenant, open_ids) for folder in session_folders(store, tenant))
+    with storage_errors(f"list the sessions in {store}"):
+        folders = session_folders(store, tenant)
+    listed = (_told(folder, tenant, open_ids) for folder in folders)
     return sorted((info for info in listed if info is not None), key=lambda info: info.id)
+
+
+def _told(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInfo | None:
+    try:
+        with storage_errors(f"read {folder}"):
+            return _describe(folder, tenant, open_ids)
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        # one that is damaged, or holds what no session says of itself, must not hide the others
+        log.warning("%s is left out, its journal cannot be read: %s. Run: memtier doctor", folder, error)
+        return None
 
 
 def _describe(folder: Path, tenant: str, open_ids: frozenset[str]) -> SessionInfo | None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable
 from inspect import iscoroutinefunction
 from numbers import Real
+from pathlib import Path
 from typing import Any, SupportsIndex
 
 from memtier.errors import ConfigError
 
-__all__ = ["check_progress", "real_number", "whole_number"]
+__all__ = ["check_progress", "file_path", "real_number", "whole_number"]
 
 
 def whole_number(
@@ -45,6 +47,13 @@ def real_number(name: str, value: float, fits: Callable[[float], bool], wanted: 
     if not (math.isfinite(number) and fits(number)):
         raise ConfigError(f"{name} is {value!r}; it must be {wanted}.")
     return number
+
+
+def file_path(path: str | Path) -> Path:
+    """`path` as one. Raises ConfigError for what no file can be called."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"the file is {path!r}; it must be the path of a file.")
+    return Path(path)
 
 
 def check_progress(on_progress: Any) -> None:

@@ -18,7 +18,7 @@ from memtier.blocks import FarPositions, MemorySettings, RetrievalMode
 from memtier.errors import ConfigError
 from memtier.models.bmojo.configuration_bmojo import check_settings
 
-__all__ = ["FINGERPRINTED", "MemoryConfig", "resolve_settings"]
+__all__ = ["FINGERPRINTED", "MOST_SPAN_BLOCKS", "MemoryConfig", "resolve_settings"]
 
 FINGERPRINTED = (
     "window_tokens",
@@ -31,6 +31,10 @@ FINGERPRINTED = (
     "landmark_keys",
     "recency_share",
 )
+
+
+MOST_SPAN_BLOCKS = 65_536
+"""More than any model reads at a time."""
 
 
 def _as_tuple(value: Any) -> Any:
@@ -68,7 +72,9 @@ class MemoryConfig(BaseModel):
         description="With landmark_keys: the newest blocks get those places in the span that no head wants more.",
     )
 
-    span_blocks: int | None = Field(None, ge=0, description="Blocks retrieved at a time. None: the model's.")
+    span_blocks: int | None = Field(
+        None, ge=0, le=MOST_SPAN_BLOCKS, description="Blocks retrieved at a time. None: the model's."
+    )
     retrieval: RetrievalMode = Field("on", description="'off', 'random' and 'recent' are the controls.")
     hot_bytes: int | None = Field(64 * 2**20, ge=0, description="K/V kept in host memory, a session. None: all.")
     landmark_bytes: int | None = Field(64 * 2**20, ge=0, description="Landmarks kept in host memory, a session.")

@@ -297,7 +297,12 @@ def _selection_line(chosen: Any) -> str:
 
 
 def _when(seconds: float | None) -> str:
-    return "" if seconds is None else datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    if seconds is None:
+        return ""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return str(seconds)  # no time that a calendar can show
 
 
 def _print(title: str | None, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -85,7 +85,12 @@ class OpenSessions:
                 await shared.journal.run(shared.space.check)
                 identity = self._identity(session_id)
                 await shared.journal.run(import_session, path, folder, identity, shared.weights, shared.settings)
-                session = await self._opened(session_id, folder, shared, on_progress=on_progress)
+                try:
+                    session = await self._opened(session_id, folder, shared, on_progress=on_progress)
+                except Exception:
+                    # whole, and yet not to be used: nothing is kept of it
+                    await shielded(shared.journal.run(remove_session_of, shared.store, shared.tenant, session_id))
+                    raise
                 self._sessions[session_id] = session
         return session
 

@@ -7,7 +7,6 @@ looking needs none.
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 import tempfile
@@ -16,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from memtier.errors import SessionNotFoundError
-from memtier_backends.files import storage_errors
+from memtier_backends.files import NO_LINKS, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, check_never_begun, session_folder
 from memtier_backends.sqlite_file import connect, sqlite_errors
@@ -92,7 +91,7 @@ def _link(there: Path, here: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+        if error.errno not in NO_LINKS:
             raise
         # another disk: looked at where it lies, as long as it lies there
         here.symlink_to(there)

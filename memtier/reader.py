@@ -108,17 +108,17 @@ class Reader:
             dtype=self._weights.dtype,
         )  # fmt: skip
 
-    def restore(self, data: bytes, name: str, digest: str, first_block: int = 0) -> None:
-        """Begin from a snapshot. `first_block`: the oldest block that may still be retrieved there.
+    def restore(self, data: bytes, name: str, digest: str, position: int, first_block: int = 0) -> None:
+        """Begin from a snapshot of a position. `first_block`: the oldest block that may still be retrieved there.
 
         Raises:
-            CorruptMemoryError: it is damaged.
+            CorruptMemoryError: it is damaged, or of another position.
             IncompatibleMemoryError: it is of another model or dtype.
         """
         self.begin()
         assert self.cache is not None
         try:
-            self.logits = unpack_snapshot(data, name, digest, self.cache)
+            self.logits = unpack_snapshot(data, name, digest, position, self.cache)
         except BaseException:
             self.drop()
             raise

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import torch
 
-from memtier.arguments import check_progress
+from memtier.arguments import check_progress, file_path
 from memtier.batching import DecodeBatcher
 from memtier.config import MemoryConfig, resolve_settings
 from memtier.errors import ConfigError, MemtierError, SessionError, StorageError
@@ -199,7 +199,7 @@ class Runtime:
         """
         self._check_open()
         check_progress(on_progress)
-        path = Path(path)
+        path = file_path(path)
         if session_id is None:
             session_id = await self._journal_thread.run(exported_id, path)
         return await self._sessions.take_in(path, session_id, adapter, on_progress)

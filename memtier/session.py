@@ -16,7 +16,7 @@ from typing import Any, SupportsIndex
 import pyarrow as pa
 import torch
 
-from memtier.arguments import check_progress, whole_number
+from memtier.arguments import check_progress, file_path, whole_number
 from memtier.blocks import MemoryHit, RetrievalMode
 from memtier.chat import ChatFeed
 from memtier.errors import ConfigError
@@ -40,7 +40,7 @@ from memtier.reports import (
     SessionStats,
     TurnInfo,
 )
-from memtier.text import check_text
+from memtier.text import check_metadata, check_text
 from memtier.threads import own_task, to_the_end
 from memtier_backends.records import TurnRecord
 
@@ -97,8 +97,7 @@ class Session(OpenSession):
         for name, value in (("role", role), ("source", source)):
             if value is not None or name == "role":
                 _check_label(name, value)
-        if metadata is not None and not isinstance(metadata, Mapping):
-            raise ConfigError(f"metadata is {metadata!r}; it must be a mapping of JSON values, or None.")
+        check_metadata(metadata)
         check_progress(on_progress)
         began = time.perf_counter()
         feed = Feed(x, self._weights.codec, self.model_thread, max_tokens=self._config.max_turn_tokens)
@@ -366,9 +365,10 @@ class Session(OpenSession):
             SessionError: there is such a file.
             StorageError: it cannot be written.
         """
+        target = file_path(path)
         async with self.exclusive(None):
             await self._settle()
-            await self._shared.journal.run(export_session, self.folder, Path(path))
+            await self._shared.journal.run(export_session, self.folder, target)
 
     @own_task
     async def fork(self, session_id: str) -> Session:

@@ -13,10 +13,13 @@ from numpy.typing import NDArray
 
 from memtier.errors import ConfigError
 
-__all__ = ["IncrementalText", "Piece", "StopText", "TextCodec", "as_pieces", "check_text"]
+__all__ = ["IncrementalText", "Piece", "StopText", "TextCodec", "as_pieces", "check_metadata", "check_text"]
 
 # A character is at most 4 bytes; a token that still ends in an incomplete one after this many more never will complete.
 MAX_HELD_TOKENS = 8
+
+DEEPEST_METADATA = 64
+"""Levels of lists and mappings in one another: what every reader of JSON can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,34 @@ class Piece:
     text: str | None
     text_bytes: int
     framed: bool = False
+
+
+def check_metadata(metadata: Any) -> None:
+    """Refuse what is no mapping, or could not be told again as JSON: too deep, or with characters that are none.
+
+    Raises:
+        ConfigError: says what is wrong with it.
+    """
+    if metadata is None:
+        return
+    if not isinstance(metadata, Mapping):
+        raise ConfigError(f"metadata is {metadata!r}; it must be a mapping of JSON values, or None.")
+    level: list[Any] = [metadata]
+    for _ in range(DEEPEST_METADATA):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, Mapping):
+                inner += [*value.keys(), *value.values()]
+            elif isinstance(value, (list, tuple)):
+                inner += value
+            elif isinstance(value, str):
+                check_text(value, "metadata")
+        if not inner:
+            return
+        level = inner
+    raise ConfigError(
+        f"metadata has more than {DEEPEST_METADATA} lists and mappings in one another; give flatter ones."
+    )
 
 
 def check_text(text: str, what: str = "text") -> str:

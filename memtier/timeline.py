@@ -163,7 +163,9 @@ class Timeline:
         try:
             read = partial(self._io.run, self._snapshots.get, record.name)
             data = await retry(read, f"reading snapshot {record.name}")
-            await self._model.run(self.reader.restore, data, record.name, record.hash, record.first_block)
+            await self._model.run(
+                self.reader.restore, data, record.name, record.hash, record.position, record.first_block
+            )
         except (StorageError, IncompatibleMemoryError) as error:
             # a snapshot only saves time: the journal holds the same, and an older snapshot or none will do
             log.warning("session %r: the snapshot at %d is left out: %s", self._name, record.position, error)

@@ -11,13 +11,22 @@ from pathlib import Path
 
 from memtier.errors import StorageError, StorageFullError
 
-__all__ = ["TEMPORARY_SUFFIX", "bytes_under", "flush", "flush_folder", "link_or_copy", "storage_errors", "write_whole"]
+__all__ = [
+    "NO_LINKS",
+    "TEMPORARY_SUFFIX",
+    "bytes_under",
+    "flush",
+    "flush_folder",
+    "link_or_copy",
+    "storage_errors",
+    "write_whole",
+]
 
 TEMPORARY_SUFFIX = ".tmp"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # Why a file may have no second name: another disk, a disk without links, too many of them.
-_NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
+NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 
 
 @contextmanager
@@ -68,7 +77,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     except FileExistsError:
         pass
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if error.errno not in NO_LINKS:
             raise
         write_whole(target, source.read_bytes())
 

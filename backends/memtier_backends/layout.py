@@ -16,7 +16,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from memtier.errors import ConfigError, CorruptMemoryError
-from memtier_backends.files import flush_folder, storage_errors
+from memtier_backends.files import TEMPORARY_SUFFIX, flush_folder, storage_errors
 from memtier_backends.records import DIGEST_BYTES
 
 __all__ = [
@@ -183,10 +183,14 @@ def check_never_begun(folder: Path) -> None:
 
 
 def drop_partial(folder: Path) -> None:
-    """Remove copies that were begun in a session's folder and never finished. Call as the owner of its lock."""
+    """Remove copies and journals that were begun in a session's folder and never finished. Call as the owner of its
+    lock.
+    """
     with storage_errors(f"clean the session folder {folder}"):
         for path in folder.glob(f"{_PARTIAL_PREFIX}*"):
             shutil.rmtree(path)
+        for path in folder.glob(f".{SessionPaths(folder).journal.name}.*{TEMPORARY_SUFFIX}*"):
+            path.unlink()
 
 
 def _holds_anything(folder: Path) -> bool:

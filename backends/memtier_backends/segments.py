@@ -170,12 +170,16 @@ def _payloads(arrays: Mapping[str, RawArray], metadata: Mapping[str, str]) -> li
         raise ValueError(f"format {metadata['format']!r}, expected {_FORMAT!r}")
     first, start = int(metadata["first_block"]), int(metadata["start"])
     layers = range((len(arrays) - 1) // 2)
+    innovation = _floats(arrays["innovation"])
+    blocks, tokens = innovation.shape
+    if not blocks or not tokens:
+        raise ValueError("no blocks, or blocks without tokens")
+    for name, array in arrays.items():
+        # before anything is made of them: a size of 0 would let a count be anything
+        if array.shape[0] != blocks or not array.nbytes:
+            raise ValueError(f"{name} of shape {array.shape}, for {blocks} blocks")
     kv = [_rows(arrays[_kv_name(layer)], 5) for layer in layers]
     landmarks = [_floats(arrays[_landmarks_name(layer)]) for layer in layers]
-    innovation = _floats(arrays["innovation"])
-    tokens = innovation.shape[1]
-    if not tokens:
-        raise ValueError("blocks without tokens")
     return [
         BlockPayload(
             block=first + i,
@@ -225,7 +229,7 @@ def _rows(array: RawArray, dimensions: int) -> list[RawArray]:
     if len(array.shape) != dimensions:
         raise ValueError(f"an array of shape {array.shape}, and {dimensions} dimensions were expected")
     count, *shape = array.shape
-    size = array.nbytes // max(count, 1)
+    size = array.nbytes // count
     return [RawArray(array.dtype, tuple(shape), array.data[i * size : (i + 1) * size]) for i in range(count)]
 
 

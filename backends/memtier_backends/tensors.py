@@ -43,7 +43,17 @@ def unpack_tensors(data: bytes, name: str, hash: str | None = None) -> tuple[dic
             raise ValueError(f"a header of {header_bytes} bytes in a file of {len(data)}")
         header = json.loads(data[8 : 8 + header_bytes])
         metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata that is not of strings")
         body = memoryview(data)[8 + header_bytes :]
+        # one after another and to the end, as the format has it: two that share bytes could stand for any amount
+        at = 0
+        for begin, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+            if begin != at:
+                raise ValueError(f"bytes {at} to {begin} belong to no tensor, or to two")
+            at = end
+        if at != len(body):
+            raise ValueError(f"tensors of {at} bytes in a body of {len(body)}")
         arrays: dict[str, RawArray] = {}
         for key, entry in header.items():
             begin, end = entry["data_offsets"]

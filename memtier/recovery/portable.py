@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtier.blocks import MemorySettings
+from memtier.config import MOST_SPAN_BLOCKS
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError
 from memtier.folder import EDITION, META, WEIGHTS, SessionFolder, check_writer
 from memtier.folder import FORMAT as SESSION_FORMAT
 from memtier.tiers.weights import WeightsTier
-from memtier_backends.files import TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
+from memtier_backends.files import NO_LINKS, TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
 from memtier_backends.layout import SessionPaths, check_never_begun
 from memtier_backends.lock import SessionLock
@@ -47,8 +49,13 @@ MAGIC = b"memtier\0"
 FORMAT = 1
 PREFIX = len(MAGIC) + 4 + 8 + DIGEST_BYTES
 COMMIT_TOKENS = 512
+MOST_HEADER_BYTES = 2**28
+MOST_PART_BYTES = 2**31
+"""More than any session holds in one piece: a file may claim any size, and be full of holes."""
 
 Count = Field(ge=0, le=2**53)
+Time = Field(ge=0, lt=2**37, allow_inf_nan=False)
+"""Unix time, in years that a calendar can show."""
 
 
 class _Strict(BaseModel):
@@ -57,7 +64,7 @@ class _Strict(BaseModel):
 
 class _Part(_Strict):
     kind: Literal["tokens", "segment", "snapshot"]
-    size: int = Count
+    size: int = Field(ge=0, le=MOST_PART_BYTES)
     hash: str = Field(pattern=rf"^[0-9a-f]{{{2 * DIGEST_BYTES}}}$")
     position: int = Count  # of a snapshot
     blocks: int = Count  # that a snapshot needs, but for those before the next field
@@ -65,12 +72,14 @@ class _Part(_Strict):
 
 
 class _Turn(_Strict):
-    role: str
+    number: int = Count
+    role: str = Field(min_length=1)
     source: str | None
     metadata: dict[str, Any]
-    created_at: float
+    created_at: float = Time
     retrieval: Literal["on", "off", "random", "recent"]
-    span_blocks: int = Count
+    span_blocks: int = Field(ge=0, le=MOST_SPAN_BLOCKS)
+    forgotten: list[tuple[int, int]] = []
     end: int = Count
     text: str | None
     retained_from: int = Field(default=0, ge=0, le=2**53)
@@ -83,9 +92,9 @@ class _Weights(_Strict):
 
 class _Header(_Strict):
     id: str
-    created_at: float
+    created_at: float = Time
     edition: str
-    model: dict[str, Any]
+    model: dict[str, str]
     memory: dict[str, Any]
     weights: _Weights | None = None
     turns: list[_Turn]
@@ -100,12 +109,13 @@ def export_session(session: SessionFolder, path: Path) -> None:
         SessionError: there is such a file.
         StorageError: it cannot be written, or a part of the session cannot be read.
     """
-    if path.exists():
-        raise SessionError(f"{path} exists; an export never overwrites. Choose another name, or remove that file.")
+    exists = SessionError(f"{path} exists; an export never overwrites. Choose another name, or remove that file.")
     header, tokens = _header_of(session)
     encoded = header.model_dump_json().encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     with storage_errors(f"export the session to {path}"):
+        if path.exists():
+            raise exists
+        temporary = path.with_name(f".export.{uuid4().hex}{TEMPORARY_SUFFIX}")
         try:
             with temporary.open("xb") as file:
                 prefix = MAGIC + FORMAT.to_bytes(4, "little") + len(encoded).to_bytes(8, "little")
@@ -117,7 +127,15 @@ def export_session(session: SessionFolder, path: Path) -> None:
                     file.write(data)
                 file.flush()
                 flush(file.fileno())
-            os.replace(temporary, path)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                raise exists from None
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                os.replace(temporary, path)
+            temporary.unlink(missing_ok=True)
             flush_folder(path.absolute().parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -143,6 +161,8 @@ def import_session(
             "model": header.model,
         }
         meta |= {"memory": header.memory, **identity}
+        if "name" not in header.model:
+            raise CorruptMemoryError(f"{where} does not say which model wrote it.")
         try:
             check_writer(meta, weights, settings, where)
         except MemtierError:
@@ -159,8 +179,11 @@ def import_session(
             aside = SessionPaths(paths.partial())
             try:
                 aside.folder.mkdir()
-                _fill(file, header, meta, aside, where)
+                _fill(file, header, meta, aside, where, weights.codec.vocab_size)
                 _put_in_place(aside, paths)
+            except MemoryError as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise CorruptMemoryError(f"{where} has a part that is larger than this machine's memory.") from error
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -187,9 +210,10 @@ def _header_of(session: SessionFolder) -> tuple[_Header, bytes]:
     ]
     turns = [
         _Turn(
-            role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
+            number=turn.turn, role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
             retrieval=turn.retrieval,  # pyright: ignore[reportArgumentType]  checked when the turn began
-            span_blocks=turn.span_blocks, end=turn.end, text=turn.text, retained_from=turn.retained_from,
+            span_blocks=turn.span_blocks, forgotten=list(turn.forgotten), end=turn.end, text=turn.text,
+            retained_from=turn.retained_from,
         )
         for turn in journal.turns()
     ]  # fmt: skip
@@ -210,12 +234,16 @@ def _files(session: SessionFolder) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        file = path.open("rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise SessionError(f"there is no file {path}. Give one that session.export wrote.") from error
-    with storage_errors(f"read {path}"), file:
-        yield file
+    with storage_errors(f"read {path}"):
+        try:
+            # a pipe would be waited for, and every session with it
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise SessionError(f"there is no file {path}. Give one that session.export wrote.") from error
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise SessionError(f"{path} is no file. Give one that session.export wrote.")
+            yield file
 
 
 def _read_header(file: BinaryIO, where: str) -> _Header:
@@ -229,6 +257,8 @@ def _read_header(file: BinaryIO, where: str) -> _Header:
             f"{where} has format {version}; this version of memtier reads format {FORMAT}. Export it again."
         )
     length = int.from_bytes(prefix[12:20], "little")
+    if length > MOST_HEADER_BYTES:
+        raise CorruptMemoryError(f"{where} says that its header has {length} bytes; none has over {MOST_HEADER_BYTES}.")
     if length > size - PREFIX:
         raise CorruptMemoryError(f"{where} has {size} bytes, and its header alone says {length}: it is cut off.")
     encoded = file.read(length)
@@ -258,11 +288,17 @@ def _put_in_place(aside: SessionPaths, paths: SessionPaths) -> None:
         flush_folder(paths.folder)
 
 
-def _fill(file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, where: str) -> None:
+def _fill(
+    file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, where: str, vocabulary: int
+) -> None:
     tokens, *rest = header.parts
     if tokens.kind != "tokens" or tokens.size % 4 or any(part.kind == "tokens" for part in rest):
         raise CorruptMemoryError(f"{where} does not begin with its tokens.")
     ids = np.frombuffer(_read_part(file, tokens, where), "<i4")
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise CorruptMemoryError(
+            f"{where} has token ids from {ids.min()} to {ids.max()}; this model knows those in [0, {vocabulary})."
+        )
     journal = SqliteJournal.open(paths.folder / "scratch.sqlite3", scratch=True)
     try:
         journal.set_meta(META, meta)
@@ -310,7 +346,8 @@ def _fill_turns(journal: SqliteJournal, header: _Header, ids: np.ndarray, where:
         dropped = turn.retained_from
         number = journal.begin_turn(
             role=turn.role, source=turn.source, metadata=turn.metadata, created_at=turn.created_at,
-            retrieval=turn.retrieval, span_blocks=turn.span_blocks, retained_from=turn.retained_from,
+            retrieval=turn.retrieval, span_blocks=turn.span_blocks, retained_from=turn.retained_from, turn=turn.number,
+            forgotten=turn.forgotten,
         )  # fmt: skip
         low, high = bisect_left(header.marks, start), bisect_left(header.marks, turn.end)
         cuts = {mark + 1 for mark in header.marks[low:high]}

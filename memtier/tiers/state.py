@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from memtier.cache import TieredCache
-from memtier.errors import IncompatibleMemoryError
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError
 from memtier.reports import StateLayer, StateReport
 from memtier.tiers.raw import to_raw, to_tensor
 from memtier_backends.tensors import pack_tensors, unpack_tensors
@@ -29,11 +29,11 @@ def pack_snapshot(cache: TieredCache, logits: torch.Tensor | None) -> bytes:
     return pack_tensors({name: to_raw(tensor) for name, tensor in tensors.items()}, {"format": FORMAT})
 
 
-def unpack_snapshot(data: bytes, name: str, digest: str, cache: TieredCache) -> torch.Tensor | None:
+def unpack_snapshot(data: bytes, name: str, digest: str, position: int, cache: TieredCache) -> torch.Tensor | None:
     """Load a snapshot into a fresh cache, and return its logits.
 
     Raises:
-        CorruptMemoryError: the bytes are not those that were written.
+        CorruptMemoryError: the bytes are not those that were written, or not of this position.
         IncompatibleMemoryError: another format, or the state of another model.
     """
     arrays, metadata = unpack_tensors(data, name, digest)
@@ -41,9 +41,17 @@ def unpack_snapshot(data: bytes, name: str, digest: str, cache: TieredCache) -> 
         raise IncompatibleMemoryError(
             f"snapshot {name} has format {metadata.get('format')!r}, and this version of memtier reads {FORMAT!r}."
         )
-    tensors = {key: to_tensor(raw) for key, raw in arrays.items()}
-    logits = tensors.pop(LOGITS, None)
-    cache.load_state_dict(tensors)
+    try:
+        tensors = {key: to_tensor(raw) for key, raw in arrays.items()}
+        logits = tensors.pop(LOGITS, None)
+        cache.load_state_dict(tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise CorruptMemoryError(f"snapshot {name} is none that this model made: {error}") from error
+    if cache.position != position or not -1 <= cache.boundary <= position:
+        raise CorruptMemoryError(
+            f"snapshot {name} is of position {cache.position}, with a boundary at {cache.boundary}; its record says "
+            f"{position}."
+        )
     return logits
 
 

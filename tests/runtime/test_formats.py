@@ -85,6 +85,6 @@ async def test_a_snapshot_of_another_format_is_refused_by_name(open_store, ids, 
         data, _ = await session.model_thread.run(reader.snapshot)
         monkeypatch.undo()
         with pytest.raises(IncompatibleMemoryError, match="format 'memtier-snapshot-0'"):
-            await session.model_thread.run(reader.restore, data, "x", content_hash(data))
+            await session.model_thread.run(reader.restore, data, "x", content_hash(data), 50)
         # it is only a cache of the journal: the session goes on
         assert (await session.observe(ids[50:100])).position == 100

@@ -49,6 +49,9 @@ class ReadableConfig(Protocol):
     @property
     def dtype(self) -> str | torch.dtype | None: ...
 
+    @property
+    def vocab_size(self) -> int: ...
+
     def memory_settings(self) -> MemorySettings: ...
 
     def empty_states(
@@ -265,9 +268,11 @@ class TieredCache(Cache):
         for name, value in mine.items():
             other = tensors[name]
             # the span of the current group may be of another size: span_blocks may change between two openings
-            flexible = name == "marks" or ".span_" in name
-            unlike = [one != two for one, two in zip(other.shape, value.shape, strict=False)]
-            fits = other.dim() == value.dim() and sum(unlike) <= flexible
+            flexible = 0 if name == "marks" else 1 if ".span_" in name else None
+            fits = other.dim() == value.dim() and all(
+                one == two or axis == flexible
+                for axis, (one, two) in enumerate(zip(other.shape, value.shape, strict=True))
+            )
             if other.dtype != value.dtype or not fits:
                 raise IncompatibleMemoryError(
                     f"saved tensor {name!r} is {tuple(other.shape)} {other.dtype}; this model needs "
@@ -279,6 +284,13 @@ class TieredCache(Cache):
         self._sealed = {}
 
     # what a report reads
+
+    @property
+    def sealed_blocks(self) -> int:
+        """Blocks that have left the window."""
+        if self.boundary < 0 or not self.settings.memory_layers:
+            return 0
+        return window_start(self.settings, self.boundary) // self.settings.span_block_tokens
 
     @property
     def device(self) -> torch.device:

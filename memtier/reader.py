@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from memtier.blocks import MemorySettings, RetrievalMode
 from memtier.cache import TieredCache
+from memtier.errors import CorruptMemoryError
 from memtier.retriever import OverlaySelector, StorageSelector
 from memtier.tiers.device_pool import DevicePool
 from memtier.tiers.state import pack_snapshot, unpack_snapshot
@@ -119,6 +120,10 @@ class Reader:
         assert self.cache is not None
         try:
             self.logits = unpack_snapshot(data, name, digest, position, self.cache)
+            if self.cache.sealed_blocks > self._storage.blocks:
+                raise CorruptMemoryError(
+                    f"snapshot {name} needs {self.cache.sealed_blocks} blocks, and {self._storage.blocks} are stored."
+                )
         except BaseException:
             self.drop()
             raise

@@ -29,10 +29,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memtier.blocks import MemorySettings
+from memtier.cache import TieredCache
 from memtier.config import MOST_SPAN_BLOCKS
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError
 from memtier.folder import EDITION, META, WEIGHTS, SessionFolder, check_writer
 from memtier.folder import FORMAT as SESSION_FORMAT
+from memtier.tiers.fingerprint import DTYPES
+from memtier.tiers.state import unpack_snapshot
 from memtier.tiers.weights import WeightsTier
 from memtier_backends.files import NO_LINKS, TEMPORARY_SUFFIX, flush, flush_folder, storage_errors
 from memtier_backends.journal_sqlite import SqliteJournal
@@ -91,7 +94,7 @@ class _Weights(_Strict):
 
 
 class _Header(_Strict):
-    id: str
+    id: str = Field(min_length=1)
     created_at: float = Time
     edition: str
     model: dict[str, str]
@@ -179,7 +182,7 @@ def import_session(
             aside = SessionPaths(paths.partial())
             try:
                 aside.folder.mkdir()
-                _fill(file, header, meta, aside, where, weights.codec.vocab_size)
+                _fill(file, header, meta, aside, where, weights, settings)
                 _put_in_place(aside, paths)
             except MemoryError as error:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -240,9 +243,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise SessionError(f"there is no file {path}. Give one that session.export wrote.") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise SessionError(f"{path} is no file. Give one that session.export wrote.")
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise SessionError(f"{path} is no file. Give one that session.export wrote.")
             yield file
 
 
@@ -289,9 +293,11 @@ def _put_in_place(aside: SessionPaths, paths: SessionPaths) -> None:
 
 
 def _fill(
-    file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, where: str, vocabulary: int
-) -> None:
+    file: BinaryIO, header: _Header, meta: dict[str, Any], paths: SessionPaths, where: str, weights: WeightsTier,
+    settings: MemorySettings,
+) -> None:  # fmt: skip
     tokens, *rest = header.parts
+    vocabulary = weights.codec.vocab_size
     if tokens.kind != "tokens" or tokens.size % 4 or any(part.kind == "tokens" for part in rest):
         raise CorruptMemoryError(f"{where} does not begin with its tokens.")
     ids = np.frombuffer(_read_part(file, tokens, where), "<i4")
@@ -320,6 +326,7 @@ def _fill(
                 journal.add_segment(manifest)
             else:
                 name = f"{part.position:012d}-{part.hash[:16]}.safetensors"
+                _check_snapshot(data, part, f"part {number + 1} of {where}", weights, settings)
                 snapshots.put(name, data)
                 record = SnapshotRecord(part.position, name, part.size, part.hash, part.blocks, part.first_block)
                 journal.add_snapshot(record)
@@ -329,6 +336,25 @@ def _fill(
         raise CorruptMemoryError(f"{where} contradicts itself: {error}") from error
     finally:
         journal.close()
+
+
+def _check_snapshot(data: bytes, part: _Part, name: str, weights: WeightsTier, settings: MemorySettings) -> None:
+    """Load it, on no device: it must be one that this model could have made, in whichever dtype it was."""
+    refused = None
+    for dtype in dict.fromkeys([weights.dtype, *DTYPES.values()]):
+        cache = TieredCache(weights.config, settings=settings, device="meta", dtype=dtype)
+        try:
+            unpack_snapshot(data, name, part.hash, part.position, cache)
+        except IncompatibleMemoryError as error:
+            refused = refused or error
+            continue
+        if cache.sealed_blocks > part.blocks:
+            raise CorruptMemoryError(
+                f"{name} says that it needs {part.blocks} blocks, and it needs {cache.sealed_blocks}."
+            )
+        return
+    assert refused is not None
+    raise refused
 
 
 def _fill_turns(journal: SqliteJournal, header: _Header, ids: np.ndarray, where: str) -> None:

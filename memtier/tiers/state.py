@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from memtier.cache import TieredCache
 from memtier.errors import CorruptMemoryError, IncompatibleMemoryError
+from memtier.layers.finite import is_finite
+from memtier.layers.plan import next_boundary
 from memtier.reports import StateLayer, StateReport
 from memtier.tiers.raw import to_raw, to_tensor
 from memtier_backends.tensors import pack_tensors, unpack_tensors
@@ -47,12 +49,37 @@ def unpack_snapshot(data: bytes, name: str, digest: str, position: int, cache: T
         cache.load_state_dict(tensors)
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise CorruptMemoryError(f"snapshot {name} is none that this model made: {error}") from error
-    if cache.position != position or not -1 <= cache.boundary <= position:
-        raise CorruptMemoryError(
-            f"snapshot {name} is of position {cache.position}, with a boundary at {cache.boundary}; its record says "
-            f"{position}."
-        )
+    if cache.position != position:
+        raise CorruptMemoryError(f"snapshot {name} is of position {cache.position}, and its record says {position}.")
+    if wrong := _contradiction(tensors, logits, cache):
+        raise CorruptMemoryError(f"snapshot {name} holds what no session carries: {wrong}.")
     return logits
+
+
+def _contradiction(tensors: Mapping[str, torch.Tensor], logits: torch.Tensor | None, cache: TieredCache) -> str | None:
+    """What in the numbers of a loaded snapshot cannot be."""
+    position, boundary = cache.position, cache.boundary
+    if not (boundary < position <= next_boundary(cache.settings, boundary) if position else boundary == -1):
+        return f"a boundary at {boundary} for position {position}"
+    if any(mark < position for mark in cache.marks):
+        return f"a mark before position {position}"
+    if logits is not None and (tuple(logits.shape) != (cache.config.vocab_size,) or not logits.is_floating_point()):
+        return f"logits of shape {tuple(logits.shape)}"
+    spans: dict[str, int] = {}
+    for key, tensor in [*tensors.items(), *([] if logits is None else [(LOGITS, logits)])]:
+        layer, span, _ = key.rpartition(".span_")
+        if span and spans.setdefault(layer, tensor.shape[1]) != tensor.shape[1]:
+            return f"spans of two sizes in {layer}"
+        if tensor.is_floating_point():
+            # a place in the span that nothing was chosen for scores minus infinity
+            numbers = tensor.clamp(min=0) if key.endswith(".span_scores") else tensor
+            if not is_finite(numbers):
+                return f"{key} is not finite"
+        elif tensor.numel() and key not in ("position", "boundary", "marks"):
+            most = cache.sealed_blocks - 1 if key.endswith(".span_ids") else position
+            if not -1 <= tensor.min() <= tensor.max() <= most:
+                return f"{key} is not in [-1, {most}]"
+    return None
 
 
 def superseded(positions: Sequence[int]) -> set[int]:

@@ -31,6 +31,8 @@ __all__ = [
 
 _LANDMARK_BYTES = ITEM_BYTES["F32"]
 _FORMAT = "memtier-segment-1"
+# Many times what is ever put in one file: each block becomes objects of Python, larger than the smallest blocks.
+_MOST_BLOCKS = 4096
 # Unsigned type of one element, and the bits that are all set in infinities and NaN.
 _EXPONENT = {
     "F64": ("<u8", 0x7FF << 52),
@@ -172,8 +174,8 @@ def _payloads(arrays: Mapping[str, RawArray], metadata: Mapping[str, str]) -> li
     layers = range((len(arrays) - 1) // 2)
     innovation = _floats(arrays["innovation"])
     blocks, tokens = innovation.shape
-    if not blocks or not tokens:
-        raise ValueError("no blocks, or blocks without tokens")
+    if not 0 < blocks <= _MOST_BLOCKS or not tokens:
+        raise ValueError(f"{blocks} blocks of {tokens} tokens")
     for name, array in arrays.items():
         # before anything is made of them: a size of 0 would let a count be anything
         if array.shape[0] != blocks or not array.nbytes:

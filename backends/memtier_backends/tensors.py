@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from hashlib import blake2b
+from math import prod
 
 from memtier.errors import CorruptMemoryError
 from memtier_backends.records import DIGEST_BYTES, ITEM_BYTES, RawArray
@@ -58,7 +59,9 @@ def unpack_tensors(data: bytes, name: str, hash: str | None = None) -> tuple[dic
         for key, entry in header.items():
             begin, end = entry["data_offsets"]
             shape = tuple(entry["shape"])
-            if not (0 <= begin <= end <= len(body) and all(type(size) is int and size >= 0 for size in shape)):
+            plain = all(type(size) is int and size >= 0 for size in shape)
+            # of an array without elements, too: no library makes one that could not be counted
+            if not (0 <= begin <= end <= len(body) and plain and len(shape) <= 8 and prod(map(_one_of, shape)) < 2**53):
                 raise ValueError(f"{key} of shape {shape} in bytes {begin} to {end} of {len(body)}")
             arrays[key] = RawArray(entry["dtype"], shape, body[begin:end])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -85,6 +88,10 @@ def lay_out(arrays: Mapping[str, RawArray], metadata: Mapping[str, str]) -> tupl
     base = 8 + len(encoded)
     data = b"".join([len(encoded).to_bytes(8, "little"), encoded, *(arrays[name].data for name in order)])
     return data, {name: base + begin for name, begin in begins.items()}
+
+
+def _one_of(size: int) -> int:
+    return max(size, 1)
 
 
 def check_hash(data: bytes, expected: str, what: str) -> None:

@@ -4,7 +4,8 @@
     4 bytes   format, little endian
     8 bytes   length of the header, little endian
     16 bytes  BLAKE2b of the header
-    header    JSON: what the parts are, the turns, whose model wrote them
+    header    JSON: what the parts are, whose model wrote them, the turns with their numbers (those of turns that were
+              forgotten are missing) and what was forgotten of each
     parts     one after another: token ids as int32, then segments, then snapshots
 
 Whoever made a file may have meant harm. Its header is read into a strict schema; sizes must add up to the file's before
@@ -31,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from memtier.blocks import MemorySettings
 from memtier.cache import TieredCache
 from memtier.config import MOST_SPAN_BLOCKS
-from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError
+from memtier.errors import CorruptMemoryError, IncompatibleMemoryError, MemtierError, SessionError, StorageError
 from memtier.folder import EDITION, META, WEIGHTS, SessionFolder, check_writer
 from memtier.folder import FORMAT as SESSION_FORMAT
 from memtier.tiers.fingerprint import DTYPES
@@ -52,8 +53,8 @@ MAGIC = b"memtier\0"
 FORMAT = 1
 PREFIX = len(MAGIC) + 4 + 8 + DIGEST_BYTES
 COMMIT_TOKENS = 512
-MOST_HEADER_BYTES = 2**28
-MOST_PART_BYTES = 2**31
+MOST_HEADER_BYTES = 2**30
+MOST_PART_BYTES = 2**33
 """More than any session holds in one piece: a file may claim any size, and be full of holes."""
 
 Count = Field(ge=0, le=2**53)
@@ -115,6 +116,11 @@ def export_session(session: SessionFolder, path: Path) -> None:
     exists = SessionError(f"{path} exists; an export never overwrites. Choose another name, or remove that file.")
     header, tokens = _header_of(session)
     encoded = header.model_dump_json().encode()
+    if len(encoded) > MOST_HEADER_BYTES:
+        raise StorageError(
+            f"the turns of the session take {len(encoded)} bytes; an exported file holds {MOST_HEADER_BYTES} of them. "
+            "Close the session and copy the whole store instead."
+        )
     with storage_errors(f"export the session to {path}"):
         if path.exists():
             raise exists
@@ -137,6 +143,10 @@ def export_session(session: SessionFolder, path: Path) -> None:
             except OSError as error:
                 if error.errno not in NO_LINKS:
                     raise
+                try:
+                    path.open("xb").close()  # the name is ours from here on
+                except FileExistsError:
+                    raise exists from None
                 os.replace(temporary, path)
             temporary.unlink(missing_ok=True)
             flush_folder(path.absolute().parent)
@@ -203,13 +213,18 @@ def _header_of(session: SessionFolder) -> tuple[_Header, bytes]:
     journal = session.journal
     meta, position = journal.get_meta(META), journal.position
     tokens = journal.tokens(0, position).astype("<i4").tobytes()
+    snapshots = journal.snapshots()
+    if max([len(tokens), *(record.size for record in [*journal.segments(), *snapshots])]) > MOST_PART_BYTES:
+        raise StorageError(
+            f"a part of the session has more than {MOST_PART_BYTES} bytes, which no exported file holds."
+        )
     parts = [_Part(kind="tokens", size=len(tokens), hash=content_hash(tokens), position=0, blocks=0)]
     parts += [_Part(kind="segment", size=m.size, hash=m.hash, position=0, blocks=0) for m in journal.segments()]
     parts += [
         _Part(
             kind="snapshot", size=s.size, hash=s.hash, position=s.position, blocks=s.blocks, first_block=s.first_block
         )
-        for s in journal.snapshots()
+        for s in snapshots
     ]
     turns = [
         _Turn(
@@ -298,8 +313,9 @@ def _fill(
 ) -> None:  # fmt: skip
     tokens, *rest = header.parts
     vocabulary = weights.codec.vocab_size
-    if tokens.kind != "tokens" or tokens.size % 4 or any(part.kind == "tokens" for part in rest):
-        raise CorruptMemoryError(f"{where} does not begin with its tokens.")
+    held = header.turns[-1].end if header.turns else 0
+    if tokens.kind != "tokens" or tokens.size != 4 * held or any(part.kind == "tokens" for part in rest):
+        raise CorruptMemoryError(f"{where} does not begin with the tokens of its turns.")
     ids = np.frombuffer(_read_part(file, tokens, where), "<i4")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise CorruptMemoryError(

@@ -15,6 +15,7 @@ from memtier.listing import remove_session_of, remove_tenant
 from memtier_backends.layout import (
     SessionPaths,
     check_store,
+    drop_partial,
     remove_session,
     session_folder,
     session_folders,
@@ -98,6 +99,15 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next(tmp_path: Path) -> N
     assert session_folders(tmp_path, "t") == [other]
     remove_session(gone)
     assert list(other.parent.iterdir()) == [other]
+
+
+def test_what_a_killed_write_left_beside_a_journal_is_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in ("journal.sqlite3", "journal.sqlite3-wal", ".mine.tmp", "lock")]
+    left = [tmp_path / f".journal.sqlite3.77.tmp{end}" for end in ("", "-journal")]
+    for path in [*kept, *left]:
+        path.write_bytes(b"text")
+    drop_partial(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_what_removals_left_is_swept_also_while_another_process_does_so(

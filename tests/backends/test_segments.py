@@ -1,6 +1,8 @@
 """Segment files: what is packed comes back, in a format others read, and no damaged byte is ever returned."""
 
 import errno
+import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +16,14 @@ from hypothesis import strategies as st
 from memtier.errors import ConfigError, CorruptMemoryError, StorageError, StorageFullError
 from memtier_backends.records import BlockPayload, RawArray, SegmentManifest
 from memtier_backends.segment_store import FileSegmentStore
-from memtier_backends.segments import pack_segment, read_innovation, read_kv, read_landmarks, verify_segment
+from memtier_backends.segments import (
+    pack_segment,
+    parse_segment,
+    read_innovation,
+    read_kv,
+    read_landmarks,
+    verify_segment,
+)
 from memtier_backends.tensors import content_hash, pack_tensors, unpack_tensors
 from memtier_backends.testing import make_payloads
 
@@ -168,6 +177,49 @@ def test_bytes_that_are_no_safetensors_file_are_damage(data: bytes) -> None:
         # Anything else than our error fails the test; a few inputs are files without arrays.
         with suppress(CorruptMemoryError):
             unpack_tensors(candidate, "noise")
+
+
+def _framed(header: dict[str, object], body: bytes) -> bytes:
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + body
+
+
+@pytest.mark.parametrize(
+    ("tensors", "body"),
+    [
+        ({"a": ("U8", [8], (0, 8)), "b": ("U8", [8], (0, 8))}, 8),
+        ({"a": ("U8", [8], (0, 8)), "b": ("U8", [8], (4, 12))}, 12),
+        ({"a": ("U8", [4], (0, 4)), "b": ("U8", [4], (8, 12))}, 12),
+        ({"a": ("U8", [4], (0, 4))}, 8),
+        ({"a": ("U8", [0, 2**40, 2**40], (0, 0))}, 0),
+        ({"a": ("U8", [1] * 1000, (0, 1))}, 1),
+    ],
+    ids=["shared", "overlapping", "a gap", "a rest", "too large to count", "a thousand dimensions"],
+)
+def test_tensors_that_do_not_lie_one_after_another_are_damage(
+    tensors: dict[str, tuple[str, list[int], tuple[int, int]]], body: int
+) -> None:
+    header = {name: {"dtype": d, "shape": s, "data_offsets": o} for name, (d, s, o) in tensors.items()}
+    with pytest.raises(CorruptMemoryError, match="noise"):
+        unpack_tensors(_framed(header, bytes(body)), "noise")
+
+
+@pytest.mark.parametrize("metadata", [[1], {"format": 1}, "text", None])
+def test_metadata_that_is_not_of_strings_is_damage(metadata: object) -> None:
+    with pytest.raises(CorruptMemoryError, match="noise"):
+        unpack_tensors(_framed({"__metadata__": metadata}, b""), "noise")
+
+
+@pytest.mark.parametrize(("kv", "blocks"), [([10**9, 2, 4, 0, 8], 1), ([2, 2, 4, 1, 1], 1), ([5000, 2, 1, 1, 1], 5000)])
+def test_a_count_of_blocks_that_nothing_holds_is_refused_before_they_are_made(kv: list[int], blocks: int) -> None:
+    arrays = {
+        "kv.0": RawArray("F16", tuple(kv), bytes(2 * math.prod(kv))),
+        "landmarks.0": RawArray("F32", (blocks, 1), bytes(4 * blocks)),
+        "innovation": RawArray("F32", (blocks, 4), bytes(16 * blocks)),
+    }
+    data = pack_tensors(arrays, {"format": "memtier-segment-1", "first_block": "0", "start": "0"})
+    with pytest.raises(CorruptMemoryError, match="blocks"):
+        parse_segment(data, "noise")
 
 
 def test_an_array_of_the_wrong_length_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memtier.console import _when
 from memtier.errors import (
     ConfigError,
     CorruptMemoryError,
@@ -319,3 +321,41 @@ async def test_turns_keep_their_numbers_and_what_was_forgotten_of_them(open_stor
         kept = [await runtime_session.timeline.history.turns(0, 75) for runtime_session in (session, moved)]
         assert kept[0] == kept[1]
         assert kept[1][1].forgotten
+
+
+async def test_where_files_have_no_second_name_an_export_overwrites_nothing_either(
+    open_store, tmp_path, monkeypatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    target = tmp_path / "one.memtier"
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe("Some text. ")
+        await session.export(target)
+        assert (await runtime.import_session(target, "b")).position == session.position
+        data = target.read_bytes()
+        monkeypatch.setattr(Path, "exists", lambda path, **_: False)
+        with pytest.raises(SessionError, match="never overwrites"):
+            await session.export(target)
+    assert target.read_bytes() == data
+
+
+async def test_what_no_import_would_take_is_refused_when_it_is_exported(open_store, ids, tmp_path, monkeypatch) -> None:
+    async with open_store() as runtime:
+        session = await runtime.session("a")
+        await session.observe(ids[:100])
+        for limit in ("MOST_HEADER_BYTES", "MOST_PART_BYTES"):
+            with monkeypatch.context() as patched:
+                patched.setattr(f"memtier.recovery.portable.{limit}", 99)
+                with pytest.raises(StorageError, match="exported file holds"):
+                    await session.export(tmp_path / "a.memtier")
+    assert not (tmp_path / "a.memtier").exists()
+
+
+@pytest.mark.parametrize("seconds", [None, 0, 1e300, -1e300, float("nan"), float("inf"), 2.0**40])
+def test_a_time_of_no_calendar_can_be_shown(seconds: float | None) -> None:
+    shown = _when(seconds)
+    assert isinstance(shown, str) and bool(shown) == (seconds is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -40,6 +41,19 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval()
+
+
+async def test_an_exported_hybrid_goes_on_from_its_snapshot(
+    open_store: Any, model: PreTrainedModel, ids: list[int], tmp_path: Path
+) -> None:
+    async with open_store("a", model=model, **SIZES) as one, open_store("b", model=model, **SIZES) as two:
+        session = await one.session("alice")
+        await session.observe(ids[:130])
+        await session.export(tmp_path / "alice.memtier")
+        moved = await two.import_session(tmp_path / "alice.memtier")
+        assert moved.timeline.restored_from == 130
+        logits = [(await s.observe(ids[130:160], logits=True)).logits for s in (session, moved)]
+        assert torch.equal(*logits)
 
 
 async def test_a_hybrid_streams_resumes_and_goes_back(open_store: Any, model: PreTrainedModel, ids: list[int]) -> None:

@@ -80,6 +80,20 @@ async def test_another_model_is_refused_by_name_and_leaves_nothing(open_store, e
             assert await runtime.sessions() == []
 
 
+async def test_a_session_of_another_dtype_is_read_again_without_its_snapshots(open_store, ids, exported) -> None:
+    async with open_store("other", model=tiny_model(dtype=torch.float32)) as runtime:
+        moved = await runtime.import_session(exported)
+        assert moved.position > 150 and moved.timeline.restored_from == 0
+        await moved.observe(ids[160:200])
+        await moved.export(exported.with_name("b.memtier"))
+    # written in one, with snapshots of the other
+    async with open_store("float64") as one, open_store("float32", model=tiny_model(dtype=torch.float32)) as two:
+        assert [(await r.import_session(exported.with_name("b.memtier"))).position for r in (one, two)] == [
+            moved.position,
+            moved.position,
+        ]
+
+
 @pytest.mark.parametrize("part", range(3))
 async def test_a_flipped_bit_or_a_cut_anywhere_is_refused(open_store, exported, tmp_path, part) -> None:
     data = exported.read_bytes()

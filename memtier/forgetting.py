@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 import anyio
 
+from memtier.arguments import whole_number
 from memtier.blocks import MemoryHit
 from memtier.errors import ConfigError, MemtierError, SessionError, SessionNotFoundError, StorageError, StorageFullError
 from memtier.folder import SessionFolder
@@ -23,14 +23,13 @@ from memtier.recovery.forget import begin, go_on, open_copy
 from memtier.recovery.holders import Held, Holders, Said, holders_of, said_in
 from memtier.recovery.quotations import quotations
 from memtier.recovery.reports import ErasureProof, ForgetReport
+from memtier.replay import Progress
 from memtier.threads import WorkerThread
 from memtier.timeline import Timeline
 from memtier.updater import Updater
 from memtier_backends.layout import session_folders
 
 __all__ = ["Forgetter", "Wanted"]
-
-Progress = Callable[[int, int | None], None]
 
 
 class Forgettable(Protocol):
@@ -70,10 +69,7 @@ class Wanted:
             raise ConfigError("say what to forget: a hit of recall, or start= and end=, or turn=; exactly one of them.")
         for name in (field.name for field in fields(self) if field.name != "hit"):
             value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, None if value is None else operator.index(value))
-            except TypeError as error:
-                raise ConfigError(f"{name} is {value!r}; it must be an integer.") from error
+            object.__setattr__(self, name, None if value is None else whole_number(name, value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +112,12 @@ class Forgetter:
                 rest = await session.timeline.tokens(0, session.timeline.position)
                 known = None if self._shared.weights.codec.tokenizer is None else decode
                 also_at = await files.run(quotations, ids, rest, known)
-                folders = self._folders(session, held.forks if forks else [])
+                gone = held.forks if forks else []
                 proof = None
                 if evidence is not None:
-                    proof = await self._proof(session, evidence, folders, held, files)
-                put_aside = await files.run(_put_aside, folders)
-            names = [*held.checkpoints, *(name for one in held.forks if forks for name in one.checkpoints)]
+                    proof = await self._proof(session, evidence, gone, held.unreadable, files)
+                put_aside = await files.run(_put_aside, self._folders(session, gone))
+            names = [*held.checkpoints, *(name for one in gone for name in one.checkpoints)]
             ids_of_forks = tuple(one.session_id for one in held.forks)
             return ForgetReport(
                 start=span.start,
@@ -278,15 +274,15 @@ class Forgetter:
         return evidence
 
     async def _proof(
-        self, session: Forgettable, evidence: Evidence, folders: list[Path], held: Holders, files: WorkerThread
+        self, session: Forgettable, evidence: Evidence, gone: list[Held], unreadable: list[Path], files: WorkerThread
     ) -> ErasureProof:
         try:
             index = await session.updater.index()
-            async with self._at_rest(session, held.forks if len(folders) > 1 else []):
+            async with self._at_rest(session, gone):
                 await self._shared.journal.run(session.folder.journal.checkpoint)
                 texts = (await index.rows(0, 2**62))["text"].to_pylist()
-                unreadable = [f"{path} cannot be read, and may hold it" for path in held.unreadable]
-                return await files.run(erasure.prove, evidence, folders, texts, unreadable)
+                hidden = [f"{path} cannot be read, and may hold it" for path in unreadable]
+                return await files.run(erasure.prove, evidence, self._folders(session, gone), texts, hidden)
         except StorageError as error:
             return erasure.unfinished(evidence, f"the span is forgotten, and the scan after it failed: {error}")
 

@@ -15,6 +15,7 @@ __all__ = [
     "NO_LINKS",
     "TEMPORARY_SUFFIX",
     "bytes_under",
+    "files_under",
     "flush",
     "flush_folder",
     "link_or_copy",
@@ -90,18 +91,29 @@ def bytes_under(folder: Path, *, but: str | None = None) -> int:
         OSError: as the system gave it.
     """
 
+    found: dict[tuple[int, int], int] = {}
+    for path in files_under(folder):
+        if path.name != but:
+            with suppress(FileNotFoundError):
+                stat = path.lstat()
+                found[stat.st_dev, stat.st_ino] = stat.st_size
+    return sum(found.values())
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below; a folder that another thread deletes meanwhile, or that is not there, has none.
+
+    Raises:
+        OSError: as the system gave it.
+    """
+
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    found: dict[tuple[int, int], int] = {}
     for here, _, names in os.walk(folder, onerror=refuse):
         for name in names:
-            if name != but:
-                with suppress(FileNotFoundError):
-                    stat = os.lstat(os.path.join(here, name))
-                    found[stat.st_dev, stat.st_ino] = stat.st_size
-    return sum(found.values())
+            yield Path(here, name)
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -6,12 +6,10 @@ read in silence: a passage is not found any more, or another one is. So what it 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from memtier_backends.files import storage_errors
+from memtier_backends.files import files_under, storage_errors
 from memtier_backends.records import DIGEST_BYTES, fields_digest
 
 __all__ = ["FolderSeal"]
@@ -40,7 +38,8 @@ class FolderSeal:
             StorageError: a file cannot be read.
         """
         with storage_errors(f"read the files in {self._folder}"):
-            self._digests = {name: self._digest(name, path) for name, path in _files(self._folder)}
+            files = {str(path.relative_to(self._folder)): path for path in files_under(self._folder)}
+            self._digests = {name: self._digest(name, path) for name, path in files.items()}
         fields = [field for name in sorted(self._digests) for field in (name, self._digests[name][1])]
         return fields_digest(*fields).hex() if fields else ""
 
@@ -55,16 +54,3 @@ class FolderSeal:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return now, digest.digest()
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder, by its name relative to it. A link's name is told, and nothing is followed."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for here, _, names in os.walk(folder, onerror=refuse):
-        for name in names:
-            path = Path(here, name)
-            yield str(path.relative_to(folder)), path
